@@ -1,0 +1,46 @@
+"""Attention masks for JAX: described once, read as a boolean or as an additive bias, never written out needlessly.
+
+>>> import jax.numpy as jnp
+>>> mask = Causal() & Padding(jnp.array([[0, 1, 1]]))
+>>> mask.dense(3, 3)
+Array([[[[False, False, False],
+         [False,  True, False],
+         [False,  True,  True]]]], dtype=bool)
+"""
+
+from jaxmask.bias import unmask_unattended
+from jaxmask.converter import (
+    AttentionMaskConverter,
+    create_4d_causal_attention_mask,
+    expand_mask,
+    ignore_causal_mask_sdpa,
+    make_causal_mask,
+    prepare_4d_attention_mask,
+    prepare_4d_attention_mask_for_sdpa,
+    prepare_4d_causal_attention_mask,
+    prepare_4d_causal_attention_mask_for_sdpa,
+)
+from jaxmask.mask import Causal, Dense, Empty, Full, Mask, Padding, Predicate, Prefix, SlidingWindow, Window
+
+__all__ = [
+    "AttentionMaskConverter",
+    "Causal",
+    "Dense",
+    "Empty",
+    "Full",
+    "Mask",
+    "Padding",
+    "Predicate",
+    "Prefix",
+    "SlidingWindow",
+    "Window",
+    "create_4d_causal_attention_mask",
+    "expand_mask",
+    "ignore_causal_mask_sdpa",
+    "make_causal_mask",
+    "prepare_4d_attention_mask",
+    "prepare_4d_attention_mask_for_sdpa",
+    "prepare_4d_causal_attention_mask",
+    "prepare_4d_causal_attention_mask_for_sdpa",
+    "unmask_unattended",
+]

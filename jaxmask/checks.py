@@ -1,0 +1,117 @@
+"""What input is acceptable, and how to say no: every refusal names the argument, what came, what was expected.
+
+Only shapes, dtypes and Python values are looked at, never the contents of an array, so each of these answers at trace
+time and costs nothing in the compiled program.
+"""
+
+import operator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import DTypeLike
+
+INT32_MAX = 2**31 - 1
+
+# A length, or a symbolic dimension of ``jax.export`` standing for one.
+Length = Any
+
+
+def integer(name: str, value: object, minimum: int) -> int:
+    """``value`` as a Python int of at least ``minimum`` that an int32 position can hold."""
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        number = operator.index(value)  # pyright: ignore[reportArgumentType]
+    except (TypeError, jax.errors.JAXTypeError):
+        raise TypeError(f"{name} must be a Python int, got {describe(value)}") from None
+    if not minimum <= number <= INT32_MAX:
+        raise ValueError(f"{name} must be at least {minimum} and fit an int32, got {number}")
+    return number
+
+
+def length(name: str, value: Length) -> Length:
+    """A static length of at least 1; a symbolic dimension of ``jax.export`` is one by definition."""
+    if jax.export.is_symbolic_dim(value):
+        return value
+    if isinstance(value, jax.Array):
+        raise TypeError(
+            f"{name} is a shape and must be a Python int, got {describe(value)}; a length that changes at run time "
+            "belongs into an offset or a padding mask of fixed size"
+        )
+    return integer(name, value, minimum=1)
+
+
+def is_array(value: object) -> bool:
+    """Whether ``value`` can be traced: a JAX or NumPy array, or the shape of one."""
+    return isinstance(value, jax.Array | np.ndarray | jax.ShapeDtypeStruct)
+
+
+def array(name: str, value: Any, kinds: str, *ranks: int) -> Any:
+    """``value``, a JAX or NumPy array whose dtype is of one of ``kinds`` and whose rank is one of ``ranks``.
+
+    ``kinds`` holds ``b`` for bool, ``i`` for integers, ``f`` for floats; without ``ranks`` every rank will do.
+    """
+    if not is_array(value):
+        raise TypeError(f"{name} must be a JAX or NumPy array, got {describe(value)}{_array_hint(value)}")
+    families = {"b": ("bool", jnp.bool_), "i": ("integer", jnp.integer), "f": ("float", jnp.floating)}
+    if not any(jnp.issubdtype(value.dtype, families[kind][1]) for kind in kinds):
+        expected = " or ".join(families[kind][0] for kind in kinds)
+        hint = (
+            f"; an additive bias becomes one by `{name} == 0`" if "f" not in kinds and value.dtype.kind in "fV" else ""
+        )
+        raise TypeError(f"{name} must be {expected}, got {describe(value)}{hint}")
+    if ranks and value.ndim not in ranks:
+        expected = " or ".join(str(rank) for rank in ranks)
+        raise ValueError(f"{name} must have rank {expected}, got {describe(value)}")
+    return value
+
+
+def float_dtype(dtype: DTypeLike) -> np.dtype[Any]:
+    """``dtype`` as a NumPy dtype, floating and available in this process."""
+    try:
+        resolved = jnp.dtype(dtype)
+    except TypeError:
+        raise TypeError(f"dtype must be a JAX floating dtype such as jnp.float32, got {dtype!r}") from None
+    if not jnp.issubdtype(resolved, jnp.floating):
+        raise TypeError(
+            f"dtype must be floating, for only a float has a minimum that softmax takes to 0, got {resolved}"
+        )
+    if resolved == jnp.float64 and not jax.config.jax_enable_x64:
+        raise ValueError(
+            "dtype float64 is switched off in this process, and JAX would compute in float32 instead: "
+            'switch it on by jax.config.update("jax_enable_x64", True), or ask for float32'
+        )
+    return resolved
+
+
+def broadcasts_to(shape: tuple[int, ...], target: tuple[int, ...]) -> bool:
+    """Whether an array of ``shape`` broadcasts to ``target``."""
+    trailing = target[len(target) - len(shape) :] if len(shape) <= len(target) else None
+    return trailing is not None and all(size in (1, wanted) for size, wanted in zip(shape, trailing, strict=True))
+
+
+def describe(value: object) -> str:
+    """``value`` in a few words, for an error message: ``int32[2, 5]``, ``'causal'``, ``a Causal``."""
+    shape, dtype = getattr(value, "shape", None), getattr(value, "dtype", None)
+    if shape is not None and dtype is not None:
+        return f"{_torch_prefix(value)}{str(dtype).removeprefix('torch.')}[{', '.join(map(str, shape))}]"
+    return repr(value) if isinstance(value, int | float | str | None | tuple) else f"a {type(value).__name__}"
+
+
+def _torch_prefix(value: object) -> str:
+    return "a torch tensor " if _is_torch(value) else ""
+
+
+def _array_hint(value: object) -> str:
+    if _is_torch(value):
+        return "; hand it over by torch_compat.to_jax(tensor)"
+    if isinstance(value, list | tuple):
+        return "; wrap it in jnp.asarray"
+    return ""
+
+
+def _is_torch(value: object) -> bool:
+    # By name, for jaxmask never imports torch.
+    return type(value).__module__.partition(".")[0] == "torch"

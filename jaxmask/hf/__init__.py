@@ -1,0 +1,1 @@
+"""Transformers' own names and signatures over JAX, so that ported code changes one import."""
