@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import DTypeLike
 
 INT32_MAX = 2**31 - 1
@@ -41,6 +42,16 @@ def length(name: str, value: Length) -> Length:
             "belongs into an offset or a padding mask of fixed size"
         )
     return integer(name, value, minimum=1)
+
+
+def has_64_bits() -> bool:
+    """Whether 64-bit mode is on, here and now: it may be switched for the process, a thread or a block."""
+    return jnp.result_type(jnp.float64) == jnp.float64
+
+
+def is_traced(value: object) -> bool:
+    """Whether ``value`` is an array in the making, whose contents cannot be looked at."""
+    return isinstance(value, Tracer)
 
 
 def is_array(value: object) -> bool:
@@ -78,7 +89,7 @@ def float_dtype(dtype: DTypeLike) -> np.dtype[Any]:
         raise TypeError(
             f"dtype must be floating, for only a float has a minimum that softmax takes to 0, got {resolved}"
         )
-    if resolved == jnp.float64 and not jax.config.jax_enable_x64:
+    if resolved == jnp.float64 and not has_64_bits():
         raise ValueError(
             "dtype float64 is switched off in this process, and JAX would compute in float32 instead: "
             'switch it on by jax.config.update("jax_enable_x64", True), or ask for float32'

@@ -1,7 +1,7 @@
 """Transformers' ``AttentionMaskConverter`` and the functions beside it, as readings of a description.
 
 The meaning is that of ``transformers.modeling_attn_mask_utils`` (Transformers 5), bit for bit; the names lose their
-underscore, and ``dtype`` is a keyword. :mod:`jaxmask.hf.modeling_attn_mask_utils` has the original names and signatures.
+underscore, and ``dtype`` is a keyword; :mod:`jaxmask.hf.modeling_attn_mask_utils` has the original signatures.
 
 Masks are 0/1 arrays of bools, integers or floats, JAX or NumPy; lengths and dtypes are static. A past length that is an
 array is traced: it shifts positions only, as with a key cache of fixed size, and the key length must then be given.
@@ -18,7 +18,6 @@ import numpy as np
 from jaxtyping import Array, DTypeLike, Float, Int, Shaped
 
 from jaxmask import bias, checks
-from jaxmask.bias import unmask_unattended
 from jaxmask.mask import Causal, Mask, Offset, Padding, SlidingWindow
 
 # A 0/1 mask: bool, integer or float; JAX or NumPy.
@@ -132,7 +131,7 @@ class AttentionMaskConverter:
         causal = self.is_causal and self._restricts(query_length)
         if causal and key_value_length is None:
             raise ValueError(
-                f"key_value_length is missing: a causal converter needs it to align {query_length} queries with the keys "
+                f"key_value_length is missing: a causal converter aligns {query_length} queries with the keys "
                 f"(the mask has {mask_length})"
             )
         if key_value_length is not None and key_value_length != mask_length:
@@ -165,7 +164,7 @@ def make_causal_mask(
         input_ids_shape: ``(batch, query_length)``, static.
         past_key_values_length: number of keys before the first query.
         sliding_window: keys before its own that a query attends to (``sliding_window + 1`` in all), past ones included.
-        key_value_length: static; ``past_key_values_length + query_length`` unless given, and needed where that is traced.
+        key_value_length: static; ``past_key_values_length + query_length`` unless given; needed where that is traced.
         dtype: floating, static.
 
     Returns:
@@ -251,8 +250,8 @@ def ignore_causal_mask_sdpa(
     if not (aligned and within_window):
         return False
     if attention_mask is None:
-        return is_training or not _is_traced(inputs_embeds)
-    return attention_mask.ndim == 2 and not _is_traced(inputs_embeds) and _is_all_ones(attention_mask)
+        return is_training or not checks.is_traced(inputs_embeds)
+    return attention_mask.ndim == 2 and not checks.is_traced(inputs_embeds) and _is_all_ones(attention_mask)
 
 
 def create_4d_causal_attention_mask(
@@ -444,7 +443,7 @@ def _checked_offset(query_length: int, key_value_length: int, past_key_values_le
     key_value_length = checks.length("key_value_length", key_value_length)
     if query_length > key_value_length:
         raise ValueError(
-            f"query_length must not exceed key_value_length in a causal mask, got {query_length} and {key_value_length}: "
+            f"query_length must not exceed key_value_length if causal, got {query_length} and {key_value_length}: "
             "the keys are the cached ones and those of the queries"
         )
     if past_key_values_length is None:
@@ -460,10 +459,6 @@ def _checked_offset(query_length: int, key_value_length: int, past_key_values_le
     return past
 
 
-def _is_traced(value: object) -> bool:
-    return isinstance(value, jax.core.Tracer)
-
-
 def _is_all_ones(mask: Shaped[Array | np.ndarray, "..."]) -> bool:
     """Whether the mask masks nothing, as far as can be known: what is traced is not looked at."""
-    return not _is_traced(mask) and bool((mask == 1).all())
+    return not checks.is_traced(mask) and bool((mask == 1).all())

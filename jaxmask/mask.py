@@ -8,7 +8,7 @@ import operator
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
 from functools import partial, reduce
-from typing import Any, ClassVar, NoReturn, dataclass_transform
+from typing import Any, ClassVar, NoReturn, Self, dataclass_transform
 
 import jax
 import jax.numpy as jnp
@@ -54,9 +54,9 @@ class Mask:
         """
         if offset is None and query_length != key_length:
             raise ValueError(
-                f"offset is missing: {query_length} queries and {key_length} keys can be aligned in two ways, and {self!r} "
-                "depends on it; say offset=0 where the first query is at the first key (top-left), or "
-                f"offset={key_length - query_length} where the last query is at the last key (bottom-right: a key cache)"
+                f"offset is missing: {query_length} queries and {key_length} keys can be aligned in two ways, which "
+                f"{self!r} tells apart; say offset=0 where the first query is at the first key (top-left), or "
+                f"offset={key_length - query_length} where the last query is at the last key (bottom-right, a cache)"
             )
 
     def allows(self, b: Index, h: Index, q: Index, kv: Index) -> Allowed:
@@ -188,7 +188,7 @@ class Mask:
     @classmethod
     def _unflatten(
         cls, structure: tuple[tuple[str, ...], tuple[tuple[str, Any], ...]], children: Iterable[Any]
-    ) -> "Mask":
+    ) -> Self:
         traced, static = structure
         mask = object.__new__(cls)
         mask.__dict__.update(static, _traced_names=traced, **dict(zip(traced, children, strict=True)))
@@ -350,7 +350,7 @@ class Padding(Mask):
     Array([[[[False,  True,  True]]]], dtype=bool)
     """
 
-    valid: Bool[Array, "batch kv"] | Int[Array, "batch kv"]
+    valid: Bool[Array | np.ndarray, "batch kv"] | Int[Array | np.ndarray, "batch kv"]
 
     def __post_init__(self) -> None:
         checks.array("valid", self.valid, "bi", 2)
@@ -388,7 +388,7 @@ class Dense(Mask):
     Array([[[[ True, False,  True]]]], dtype=bool)
     """
 
-    allowed: Bool[Array, "q kv"] | Bool[Array, "batch heads q kv"]
+    allowed: Bool[Array | np.ndarray, "q kv"] | Bool[Array | np.ndarray, "batch heads q kv"]
     offset: Scalar = 0
 
     def __post_init__(self) -> None:
@@ -420,7 +420,7 @@ class Dense(Mask):
         allowed = _as_4d(self.allowed)
         rows = allowed.shape[2]
         row = q - self.offset
-        given = True if rows == 1 else (0 <= row) & (row < rows)
+        given = True if rows == 1 else (row >= 0) & (row < rows)
         return given & _lookup(allowed, b, h, row, kv)
 
 

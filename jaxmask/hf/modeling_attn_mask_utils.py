@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from jaxtyping import Array, DTypeLike, Float, Shaped
 
-from jaxmask import converter
+from jaxmask import bias, converter
 from jaxmask.converter import Bias4D, Mask2D, Mask4D
 
 
@@ -67,7 +67,7 @@ class AttentionMaskConverter:
     @staticmethod
     def _unmask_unattended(expanded_mask: Float[Array, "..."], min_dtype: float) -> Float[Array, "..."]:
         """See :func:`jaxmask.unmask_unattended`."""
-        return converter.unmask_unattended(expanded_mask, min_dtype)
+        return bias.unmask_unattended(expanded_mask, min_dtype)
 
     @staticmethod
     def _ignore_causal_mask_sdpa(

@@ -1,0 +1,99 @@
+"""The ``jaxmask`` command: look at a mask, and compare the library with PyTorch."""
+
+import sys
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+try:
+    import typer
+    from rich.console import Console
+    from rich.text import Text
+except ImportError as error:
+    # The command is installed with or without them, and says so instead of showing a traceback.
+    print(f'jaxmask: {error.name} is missing: pip install "jaxmask[cli]"', file=sys.stderr)  # noqa: T201
+    raise SystemExit(2) from None
+
+from jaxmask.draw import show as draw
+from jaxmask.parse import parse_mask
+
+app = typer.Typer(
+    help="Attention masks for JAX.", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False
+)
+
+
+def main() -> None:
+    """Entry point of the ``jaxmask`` command."""
+    app(prog_name="jaxmask")
+
+
+@app.command()
+def show(
+    mask: Annotated[str, typer.Argument(help='Such as "causal & sliding_window(3)".')],
+    query: Annotated[int, typer.Option(help="Number of queries.")],
+    key: Annotated[int | None, typer.Option(help="Number of keys; as many as queries where it is left out.")] = None,
+    offset: Annotated[
+        int | None,
+        typer.Option(
+            help="Position of the first query. Where it is left out, the last query is at the last key: a picture can "
+            "assume so, and says that it did, where the library asks."
+        ),
+    ] = None,
+    svg: Annotated[Path | None, typer.Option(help="Write the picture to this file, too.")] = None,
+) -> None:
+    """Draw a mask: a row for each query, a column for each key.
+
+    A mask is one of full, empty, causal, sliding_window(size), window(left, right) and prefix(length), or several of
+    them combined by &, | and ~.
+    """
+    console = Console(record=True, highlight=False)
+    key = query if key is None else key
+    aligned = offset is None and key != query
+    offset = key - query if offset is None else offset
+    try:
+        description = parse_mask(mask)
+        console.print(Text(repr(description), "bold"))
+        if aligned:
+            console.print(f"offset {offset}: the last query is at the last key (bottom-right)")
+        draw(description, query, key, offset=offset, console=console)
+        if svg is not None:
+            # The frame fits the picture, whatever the width of the terminal.
+            console.width = max(map(len, console.export_text(clear=False).splitlines()))
+            console.save_svg(str(svg), title=repr(description))
+    except (ValueError, OSError) as error:
+        _fail(error)
+
+
+@app.command()
+def verify(
+    cases: Annotated[int | None, typer.Option(help="Number of generated cases for each operation.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the generated cases.")] = 0,
+    op: Annotated[list[str] | None, typer.Option(help="Only this operation; may be repeated.")] = None,
+    dtype: Annotated[list[str] | None, typer.Option(help="Only this dtype; may be repeated.")] = None,
+    oracle: Annotated[list[str] | None, typer.Option(help="Only this oracle; may be repeated.")] = None,
+    report: Annotated[Path | None, typer.Option(help="Write a report to this file.")] = None,
+) -> None:
+    """Compare with PyTorch and Transformers, bit for bit."""
+    try:
+        from torch_compat import verify as verification
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package not in ("torch", "transformers"):
+            raise
+        _fail(f'verify needs {package}: pip install "jaxmask[torch,cli]"')
+    try:
+        status = verification.run(
+            cases=cases,
+            seed=seed,
+            operations=op or None,
+            dtypes=dtype or None,
+            oracles=oracle or None,
+            report=report,
+        )
+    except ValueError as error:
+        _fail(error)
+    raise typer.Exit(status)
+
+
+def _fail(problem: object) -> NoReturn:
+    typer.echo(f"jaxmask: {problem}", err=True)
+    raise typer.Exit(2)

@@ -1,0 +1,158 @@
+"""Masks from text, for the command line and for configuration files: ``causal & sliding_window(3)``."""
+
+import ast
+import re
+import unicodedata
+from dataclasses import fields
+from difflib import get_close_matches
+
+from jaxmask import checks
+from jaxmask.mask import Causal, Dense, Empty, Full, Mask, Padding, Predicate, Prefix, SlidingWindow, Window
+
+_LEAVES: dict[str, type[Mask]] = {
+    "full": Full,
+    "empty": Empty,
+    "causal": Causal,
+    "sliding_window": SlidingWindow,
+    "window": Window,
+    "prefix": Prefix,
+}
+_BY_NAME = _LEAVES | {leaf.__name__: leaf for leaf in _LEAVES.values()}
+_NEEDS_PYTHON = {name for leaf in (Padding, Dense, Predicate) for name in (leaf.__name__, leaf.__name__.lower())}
+
+# What an error shows of a text that is too long for one line of a terminal.
+_BEFORE, _AFTER = 50, 25
+
+
+class MaskSyntaxError(ValueError):
+    """A text that describes no mask. The message shows the text, with a caret under what is wrong."""
+
+
+def parse_mask(text: str) -> Mask:
+    """The mask that ``text`` describes; what a mask without arrays prints is such a text.
+
+    Python's parser is used, for its precedence and its error messages, but nothing is evaluated: the text may come from
+    anywhere.
+
+    Args:
+        text: ``full``, ``empty``, ``causal``, ``sliding_window(size)``, ``window(left, right)``, ``prefix(length)``, or
+            the names of their classes, combined by ``&``, ``|``, ``~`` and parentheses. Arguments are integers, and
+            ``None`` for an unbounded side of a window.
+
+    Raises:
+        MaskSyntaxError: the text is anything else, or a mask refuses its arguments.
+
+    >>> parse_mask("causal & ~sliding_window(3) | prefix(2)")
+    Causal() & ~SlidingWindow(3) | Prefix(2)
+    >>> parse_mask("casual")
+    Traceback (most recent call last):
+    jaxmask.parse.MaskSyntaxError: unknown mask 'casual'; did you mean 'causal'?
+      casual
+      ^
+    """
+    if not isinstance(text, str):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise TypeError(f"text must be a str, got {checks.describe(text)}")
+    # One line, in which a character keeps its column, so that line breaks and indentation mean nothing.
+    reader = _Reader(re.sub(r"\s", " ", text).strip())
+    try:
+        return reader.read()
+    except SyntaxError as error:
+        # Where the text ends too early, there is no offset.
+        column = error.offset - 1 if error.offset else len(reader.source)
+        raise reader.error(column, error.msg) from None
+    except (RecursionError, MemoryError):
+        raise reader.error(0, "the mask is nested too deeply") from None
+
+
+class _Reader:
+    def __init__(self, source: str) -> None:
+        self.source = source
+
+    def read(self) -> Mask:
+        if not self.source:
+            raise self.error(0, "expected a mask such as causal, got an empty text")
+        for column, character in enumerate(self.source):
+            # Null bytes and lone surrogates, which the parser cannot take, and comments, which it would drop unread.
+            if not character.isprintable() or character == "#":
+                raise self.error(column, f"unexpected character {character!r}")
+        return self.mask(ast.parse(self.source, mode="eval").body)
+
+    def mask(self, node: ast.expr) -> Mask:
+        match node:
+            case ast.BinOp(left, ast.BitAnd(), right):
+                return self.mask(left) & self.mask(right)
+            case ast.BinOp(left, ast.BitOr(), right):
+                return self.mask(left) | self.mask(right)
+            case ast.UnaryOp(ast.Invert(), operand):
+                return ~self.mask(operand)
+            case ast.Name(name):
+                return self.leaf(node, name, [])
+            case ast.Call(ast.Name(name), arguments, []):
+                return self.leaf(node, name, arguments)
+            case ast.Call(ast.Name(name), _, [keyword, *_]):
+                raise self.error(self.column(keyword), f"arguments of {name} are given by position, without names")
+            case ast.BinOp(first) | ast.BoolOp(_, [first, *_]) | ast.Compare(first):
+                raise self.error(self.column_after(first), "masks combine by &, | and ~ only")
+            case ast.UnaryOp():
+                raise self.error(self.column(node), "masks combine by &, | and ~ only")
+            case _:
+                raise self.error(self.column(node), "expected a mask such as causal or sliding_window(3)")
+
+    def leaf(self, node: ast.expr, name: str, arguments: list[ast.expr]) -> Mask:
+        column = self.column(node)
+        if name in _NEEDS_PYTHON:
+            raise self.error(column, f"{name} holds arrays or a function, which a text cannot: build it in Python")
+        if name not in _BY_NAME:
+            close = get_close_matches(name, [*_BY_NAME, *_NEEDS_PYTHON], n=1)
+            hint = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(_LEAVES)}"
+            raise self.error(column, f"unknown mask {name!r}; {hint}")
+        leaf = _BY_NAME[name]
+        values = [self.argument(argument) for argument in arguments]
+        expected = [field.name for field in fields(leaf)]  # pyright: ignore[reportArgumentType]
+        if len(values) != len(expected):
+            raise self.error(column, f"expected {name}({', '.join(expected)}), got {len(values) or 'no'} argument(s)")
+        try:
+            return leaf(*values)
+        except (TypeError, ValueError) as error:
+            raise self.error(column, str(error)) from None
+
+    def argument(self, node: ast.expr) -> int | None:
+        match node:
+            # A bool is an int, but not in a constant's type.
+            case ast.Constant(value) if value is None or type(value) is int:
+                return value
+            case ast.UnaryOp(ast.USub(), ast.Constant(value)) if type(value) is int:
+                return -value  # for the mask to refuse, and to say what it expected
+            case _:
+                end = self.character(node.end_col_offset or 0)
+                raise self.error(self.column(node), f"expected an integer, got {self.source[self.column(node) : end]}")
+
+    def column(self, node: ast.expr | ast.keyword) -> int:
+        return self.character(node.col_offset)
+
+    def column_after(self, node: ast.expr) -> int:
+        rest = self.source[self.character(node.end_col_offset or 0) :]
+        return len(self.source) - len(rest.lstrip(" )"))
+
+    def character(self, byte: int) -> int:
+        # The parser counts in bytes of UTF-8.
+        return len(self.source.encode()[:byte].decode())
+
+    def error(self, column: int, problem: str) -> MaskSyntaxError:
+        # The parser may point past the end, where something is missing.
+        column = max(0, min(column, len(self.source)))
+        start, end = max(0, column - _BEFORE), column + _AFTER
+        before = ("..." if start else "") + self._shown(start, column)
+        after = self._shown(column, end) + ("..." if end < len(self.source) else "")
+        return MaskSyntaxError(f"{problem}\n  {before}{after}\n  {' ' * sum(map(_width, before))}^")
+
+    def _shown(self, start: int, end: int) -> str:
+        # A control character could move the cursor, and the caret with it.
+        return "".join(character if character.isprintable() else "\ufffd" for character in self.source[start:end])
+
+
+def _width(character: str) -> int:
+    """Columns that a terminal gives to a character: none to an accent, two to Chinese."""
+    if unicodedata.category(character) in ("Mn", "Me"):
+        return 0
+    return 2 if unicodedata.east_asian_width(character) in "WF" else 1

@@ -1,0 +1,653 @@
+"""Bad input is refused, and the refusal names the argument, what came and what was expected; while tracing too."""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+
+import jaxmask
+from jaxmask import (
+    AttentionMaskConverter,
+    Causal,
+    Dense,
+    Full,
+    Padding,
+    Predicate,
+    Prefix,
+    SlidingWindow,
+    Window,
+)
+from jaxmask.bias import from_allowed
+from jaxmask.hf import modeling_attn_mask_utils as hf
+
+# Bad input is what the types forbid: nothing here is known to the type checker.
+lib: Any = jaxmask
+causal: Any = AttentionMaskConverter(True)
+plain: Any = AttentionMaskConverter(False)
+hf_causal: Any = hf.AttentionMaskConverter(True)
+hf_any: Any = hf
+CAUSAL: Any = Causal()
+
+ONES: Any = jnp.ones((2, 5), jnp.int32)
+VALID: Any = jnp.ones((2, 5), jnp.bool_)
+EMBEDS: Any = jnp.zeros((2, 3, 8), jnp.float32)
+TENSOR: Any = torch.ones(2, 5, dtype=torch.bool)
+TO_JAX = r"torch_compat\.to_jax"
+TENSOR_CAME = r"a torch tensor bool\[2, 5\]"
+
+
+@dataclass(frozen=True)
+class Bad:
+    """A call that must fail. Where ``argument`` is given, the call takes it, and is made while it is traced, too."""
+
+    name: str
+    call: Callable[..., object]
+    error: type[Exception]
+    says: tuple[str, ...]
+    argument: Any = None
+
+
+def bad(name: str, call: Callable[..., object], error: type[Exception], *says: str, argument: Any = None) -> Bad:
+    return Bad(name, call, error, says, argument)
+
+
+def integer_predicate(b: Any, h: Any, q: Any, kv: Any) -> Any:
+    return q - kv
+
+
+def shapeless_predicate(b: Any, h: Any, q: Any, kv: Any) -> Any:
+    return jnp.ones((7,), jnp.bool_)
+
+
+TYPE, VALUE = TypeError, ValueError
+
+TABLE = [
+    # Masks: their arguments.
+    bad("padding-rank", lib.Padding, VALUE, "valid", r"bool\[5\]", "rank 2", argument=VALID[0]),
+    bad("padding-float", lib.Padding, TYPE, "valid", r"float32\[2, 5\]", "bool or integer", argument=jnp.ones((2, 5))),
+    bad("padding-torch", lambda: lib.Padding(TENSOR), TYPE, "valid", TENSOR_CAME, "JAX or NumPy array", TO_JAX),
+    bad("padding-list", lambda: lib.Padding([[1, 0]]), TYPE, "valid", "a list", "JAX or NumPy array", r"jnp\.asarray"),
+    bad("padding-none", lambda: lib.Padding(None), TYPE, "valid", "None", "JAX or NumPy array"),
+    bad("sliding-zero", lambda: SlidingWindow(0), VALUE, "size", "got 0", "at least 1"),
+    bad("sliding-negative", lambda: SlidingWindow(-2), VALUE, "size", "got -2", "at least 1"),
+    bad("sliding-float", lambda: lib.SlidingWindow(2.0), TYPE, "size", r"2\.0", "int"),
+    bad("sliding-bool", lambda: SlidingWindow(True), TYPE, "size", "True", "int"),
+    bad("sliding-too-large", lambda: SlidingWindow(2**31), VALUE, "size", str(2**31), "int32"),
+    bad("sliding-rank", lib.SlidingWindow, VALUE, "size", r"int32\[5\]", "rank 0", argument=ONES[0]),
+    bad("sliding-float-array", lib.SlidingWindow, TYPE, "size", r"float32\[\]", "integer", argument=jnp.ones(())),
+    bad("window-left", lambda: Window(-1, 0), VALUE, "left", "got -1", "at least 0"),
+    bad("window-right", lambda: Window(None, -3), VALUE, "right", "got -3", "at least 0"),
+    bad("prefix-negative", lambda: Prefix(-1), VALUE, "length", "got -1", "at least 0"),
+    bad("prefix-rank", lib.Prefix, VALUE, "length", r"int32\[2, 5\]", "rank 0 or 1", argument=ONES),
+    bad("dense-rank", lib.Dense, VALUE, "allowed", r"bool\[1, 2, 5\]", "rank 2 or 4", argument=VALID[None]),
+    bad("dense-int", lib.Dense, TYPE, "allowed", r"int32\[2, 5\]", "bool", argument=ONES),
+    bad("dense-bias", lib.Dense, TYPE, "allowed", r"float32\[2, 5\]", "allowed == 0", argument=jnp.zeros((2, 5))),
+    bad("dense-torch", lambda: lib.Dense(TENSOR), TYPE, "allowed", TENSOR_CAME, TO_JAX),
+    bad("dense-offset", lambda: lib.Dense(VALID, 1.5), TYPE, "offset", r"1\.5", "int"),
+    bad("predicate-call", lambda: lib.Predicate(3), TYPE, "fn", "got 3", r"function of \(b, h, q, kv\)"),
+    # Masks: being read.
+    bad(
+        "padding-keys",
+        lambda valid: Padding(valid).dense(4, 4),
+        VALUE,
+        "key_length is 4",
+        r"bool\[2, 5\]",
+        "5 keys",
+        argument=VALID,
+    ),
+    bad(
+        "padding-keys-in-composition",
+        lambda valid: (Causal() & ~Padding(valid)).bias(4, 4),
+        VALUE,
+        "key_length is 4",
+        r"bool\[2, 5\]",
+        argument=VALID,
+    ),
+    bad(
+        "dense-keys",
+        lambda allowed: Dense(allowed).dense(2, 4),
+        VALUE,
+        "key_length is 4",
+        "allowed of Dense",
+        "5 keys",
+        argument=VALID,
+    ),
+    bad(
+        "dense-too-few-rows",
+        lambda allowed: Dense(allowed).dense(3, 5, offset=0),
+        VALUE,
+        "allowed of Dense",
+        "2 rows",
+        "3 queries",
+        argument=VALID,
+    ),
+    bad(
+        "dense-rows-elsewhere",
+        lambda allowed: Dense(allowed).dense(2, 5, offset=3),
+        VALUE,
+        "2 rows",
+        "2 queries from 3 on",
+        r"Dense\(allowed, offset=",
+        argument=VALID,
+    ),
+    bad(
+        "predicate-not-bool",
+        lambda: Predicate(integer_predicate).dense(2, 2),
+        TYPE,
+        "fn of Predicate",
+        "must return bool",
+        r"int32\[",
+        "integer_predicate",
+    ),
+    bad(
+        "predicate-shape",
+        lambda: Predicate(shapeless_predicate).dense(2, 2),
+        VALUE,
+        "fn of Predicate",
+        r"bool\[7\]",
+        r"broadcasts to \[1, 1, 2, 2\]",
+        "shapeless_predicate",
+    ),
+    bad("query-zero", lambda: Causal().dense(0, 4), VALUE, "query_length", "got 0", "at least 1"),
+    bad("key-negative", lambda: Full().dense(1, -4), VALUE, "key_length", "got -4", "at least 1"),
+    bad("query-float", lambda: lib.Causal().dense(2.0, 2), TYPE, "query_length", r"2\.0", "Python int"),
+    bad(
+        "query-array", lambda n: Causal().dense(n, 4), TYPE, "query_length", r"int32\[\]", "int", argument=jnp.array(4)
+    ),
+    bad("key-array", lambda n: Causal().bias(4, n), TYPE, "key_length", r"int32\[\]", "int", argument=jnp.array(4)),
+    bad(
+        "offset-missing",
+        lambda: Causal().dense(1, 5),
+        VALUE,
+        "offset is missing",
+        "1 queries and 5 keys",
+        r"offset=0 .*top-left",
+        r"offset=4 .*bottom-right",
+    ),
+    bad(
+        "offset-missing-under-padding",
+        lambda valid: (Padding(valid) & SlidingWindow(2)).dense(3, 5),
+        VALUE,
+        "offset is missing",
+        r"offset=0 .*top-left",
+        r"offset=2 .*bottom-right",
+        argument=VALID,
+    ),
+    bad("offset-float", lambda: lib.Causal().dense(2, 2, offset=0.5), TYPE, "offset", r"0\.5", "int"),
+    bad(
+        "offset-float-array",
+        lambda t: Causal().dense(2, 2, offset=t),
+        TYPE,
+        "offset",
+        r"float32\[\]",
+        "integer",
+        argument=jnp.zeros(()),
+    ),
+    bad(
+        "offset-rank",
+        lambda t: Causal().dense(2, 2, offset=t),
+        VALUE,
+        "offset",
+        r"int32\[2, 5\]",
+        "rank",
+        argument=ONES,
+    ),
+    bad(
+        "offset-batch",
+        lambda t: Padding(VALID).dense(5, 5, offset=t),
+        VALUE,
+        "offset",
+        "batch of 5",
+        "one of 2",
+        argument=ONES[0],
+    ),
+    bad("bias-integer", lambda: Causal().bias(2, 2, jnp.int32), TYPE, "dtype", "int32", "floating"),
+    bad(
+        "bias-torch-dtype",
+        lambda: lib.Causal().bias(2, 2, torch.float32),
+        TYPE,
+        "dtype",
+        r"torch\.float32",
+        r"jnp\.float32",
+    ),
+    bad(
+        "bias-float64", lambda: Causal().bias(2, 2, jnp.float64), VALUE, "dtype", "float64", "jax_enable_x64", "float32"
+    ),
+    # Masks: being combined.
+    bad(
+        "batch-mismatch",
+        lambda v: Padding(VALID) & Padding(v),
+        VALUE,
+        "&",
+        "batch",
+        "2 in",
+        "3 in",
+        argument=VALID[:1].repeat(3, 0),
+    ),
+    bad(
+        "keys-mismatch",
+        lambda v: Padding(VALID) | Padding(v),
+        VALUE,
+        r"\|",
+        "kv",
+        "5 in",
+        "4 in",
+        argument=VALID[:, :4],
+    ),
+    bad(
+        "heads-mismatch",
+        lambda a: Dense(a) & Dense(a[:, :2]),
+        VALUE,
+        "&",
+        "heads",
+        "3 in",
+        "2 in",
+        argument=jnp.ones((1, 3, 4, 4), jnp.bool_),
+    ),
+    bad("truth", lambda: bool(Causal()), TYPE, r"Causal\(\)", "neither true nor false", r"&, \| and ~"),
+    bad("and-keyword", lambda: Causal() and Full(), TYPE, r"Causal\(\)", "not by and"),
+    bad(
+        "not-keyword",
+        lambda v: not lib.Padding(v),
+        TYPE,
+        r"Padding\(bool\[2, 5\]\)",
+        "not by and, or and not",
+        argument=VALID,
+    ),
+    bad(
+        "mask-and-array",
+        lambda v: Causal() & v,
+        TYPE,
+        r"bool\[2, 5\]",
+        r"Dense\(allowed\)",
+        "only with masks",
+        argument=VALID,
+    ),
+    bad(
+        "array-and-mask",
+        lambda v: v & CAUSAL,
+        TYPE,
+        r"bool\[2, 5\]",
+        r"Dense\(allowed\)",
+        "only with masks",
+        argument=VALID,
+    ),
+    bad("numpy-and-mask", lambda: np.ones((2, 5), bool) & CAUSAL, TYPE, r"bool\[2, 5\]", "only with masks"),
+    bad("array-or-mask", lambda v: v | CAUSAL, TYPE, r"bool\[2, 5\]", "only with masks", argument=VALID),
+    bad("mask-or-none", lambda: lib.Causal() | None, TYPE, "None", "only with masks"),
+    bad("mask-and-true", lambda: lib.Causal() & True, TYPE, "True", "only with masks"),
+    # Additive biases.
+    bad(
+        "unmask-bool",
+        lib.unmask_unattended,
+        VALUE,
+        "expanded_mask",
+        r"bool\[1, 2, 5\]",
+        "from_allowed",
+        argument=VALID[None],
+    ),
+    bad("unmask-int", lib.unmask_unattended, TYPE, "expanded_mask", r"int32\[1, 2, 5\]", "float", argument=ONES[None]),
+    bad(
+        "unmask-rank",
+        lib.unmask_unattended,
+        VALUE,
+        "expanded_mask",
+        r"float32\[2, 5\]",
+        "rank 3 or 4",
+        argument=jnp.zeros((2, 5)),
+    ),
+    bad("unmask-torch", lambda: lib.unmask_unattended(TENSOR), TYPE, "expanded_mask", TENSOR_CAME, TO_JAX),
+    bad("unmask-list", lambda: lib.unmask_unattended([[[0.0]]]), TYPE, "expanded_mask", "a list", r"jnp\.asarray"),
+    bad("from-allowed-int", from_allowed, TYPE, "allowed", r"int32\[2, 5\]", "bool", argument=ONES),
+    # The converter.
+    bad(
+        "converter-window-zero", lambda: AttentionMaskConverter(True, 0), VALUE, "sliding_window", "got 0", "at least 1"
+    ),
+    bad(
+        "converter-window-float", lambda: lib.AttentionMaskConverter(True, 2.5), TYPE, "sliding_window", r"2\.5", "int"
+    ),
+    bad("not-causal", lambda: plain.to_causal_4d(1, 2, 2), VALUE, "to_causal_4d", "is_causal=True", "is_causal=False"),
+    bad("causal-batch", lambda: causal.to_causal_4d(0, 2, 2), VALUE, "batch_size", "got 0", "at least 1"),
+    bad("causal-query", lambda: causal.to_causal_4d(1, -1, 2), VALUE, "query_length", "got -1", "at least 1"),
+    bad(
+        "causal-too-many-queries",
+        lambda: causal.to_causal_4d(1, 3, 2),
+        VALUE,
+        "query_length",
+        "3 and 2",
+        "key_value_length",
+    ),
+    bad(
+        "causal-float64", lambda: causal.to_causal_4d(1, 2, 2, jnp.float64), VALUE, "dtype", "float64", "jax_enable_x64"
+    ),
+    bad(
+        "causal-length-array",
+        lambda n: causal.to_causal_4d(1, 2, n),
+        TYPE,
+        "key_value_length",
+        r"int32\[\]",
+        "int",
+        argument=jnp.array(4),
+    ),
+    bad(
+        "causal-past-too-long",
+        lambda: causal.to_causal_4d(1, 2, 4, past_key_values_length=3),
+        VALUE,
+        "past_key_values_length",
+        "3 \\+ 2 and 4",
+        "must not exceed key_value_length",
+    ),
+    bad(
+        "causal-past-float-array",
+        lambda t: causal.to_causal_4d(1, 2, 4, past_key_values_length=t),
+        TYPE,
+        "past_key_values_length",
+        r"float32\[\]",
+        "integer",
+        argument=jnp.zeros(()),
+    ),
+    bad("4d-rank", lambda m: causal.to_4d(m, 1), VALUE, "attention_mask_2d", r"int32\[5\]", "rank 2", argument=ONES[0]),
+    bad("4d-torch", lambda: causal.to_4d(TENSOR, 1), TYPE, "attention_mask_2d", TENSOR_CAME, TO_JAX),
+    bad("4d-list", lambda: causal.to_4d([[1]], 1), TYPE, "attention_mask_2d", "a list", r"jnp\.asarray"),
+    bad(
+        "4d-no-key-length",
+        lambda m: causal.to_4d(m, 2),
+        VALUE,
+        "key_value_length is missing",
+        "2 queries",
+        "5",
+        argument=ONES,
+    ),
+    bad(
+        "4d-key-length",
+        lambda m: causal.to_4d(m, 2, 6),
+        VALUE,
+        "key_value_length is 6",
+        r"int32\[2, 5\]",
+        argument=ONES,
+    ),
+    bad("4d-too-many-queries", lambda m: causal.to_4d(m, 6, 5), VALUE, "query_length", "6 and 5", argument=ONES),
+    bad("4d-query-zero", lambda m: plain.to_4d(m, 0), VALUE, "query_length", "got 0", "at least 1", argument=ONES),
+    bad("4d-integer", lambda m: plain.to_4d(m, 1, dtype=jnp.int8), TYPE, "dtype", "int8", "floating", argument=ONES),
+    bad(
+        "window-without-causal",
+        lambda m: AttentionMaskConverter(False, 2).to_4d(m, 5, 5),
+        NotImplementedError,
+        "sliding window",
+        "causal",
+        "is_causal=False, sliding_window=2",
+        argument=ONES,
+    ),
+    # The functions beside it.
+    bad(
+        "make-shape",
+        lambda: lib.make_causal_mask((2, 3, 4)),
+        VALUE,
+        "input_ids_shape",
+        r"\(2, 3, 4\)",
+        r"\(batch, query_length\)",
+    ),
+    bad(
+        "make-shape-int", lambda: lib.make_causal_mask(3), TYPE, "input_ids_shape", "got 3", r"\(batch, query_length\)"
+    ),
+    bad("make-batch", lambda: lib.make_causal_mask((0, 3)), VALUE, r"input_ids_shape\[0\]", "got 0", "at least 1"),
+    bad("make-past", lambda: lib.make_causal_mask((1, 3), -1), VALUE, "past_key_values_length", "got -1", "at least 0"),
+    bad("make-window", lambda: lib.make_causal_mask((1, 3), 0, 0), VALUE, "sliding_window", "got 0", "at least 1"),
+    bad(
+        "make-traced-past",
+        lambda t: lib.make_causal_mask((1, 3), t),
+        VALUE,
+        "key_value_length is missing",
+        "past_key_values_length",
+        "key cache",
+        argument=jnp.array(2),
+    ),
+    bad(
+        "create-traced-past",
+        lambda t: lib.create_4d_causal_attention_mask((1, 3), t),
+        VALUE,
+        "key_value_length is missing",
+        argument=jnp.array(2),
+    ),
+    bad(
+        "create-query",
+        lambda: lib.create_4d_causal_attention_mask((1, 0)),
+        VALUE,
+        r"input_shape\[1\]",
+        "got 0",
+        "at least 1",
+    ),
+    bad("expand-rank", lib.expand_mask, VALUE, "mask", r"int32\[1, 2, 5\]", "rank 2", argument=ONES[None]),
+    bad("expand-target", lambda m: lib.expand_mask(m, 0), VALUE, "tgt_len", "got 0", "at least 1", argument=ONES),
+    bad("expand-torch", lambda: lib.expand_mask(TENSOR), TYPE, "mask", TENSOR_CAME, TO_JAX),
+    bad("encoder-rank", lib.prepare_4d_attention_mask, VALUE, "mask", r"int32\[5\]", "rank 2", argument=ONES[0]),
+    bad(
+        "encoder-sdpa-rank",
+        lib.prepare_4d_attention_mask_for_sdpa,
+        VALUE,
+        "mask",
+        r"int32\[5\]",
+        "rank 2",
+        argument=ONES[0],
+    ),
+    bad(
+        "encoder-sdpa-torch", lambda: lib.prepare_4d_attention_mask_for_sdpa(TENSOR), TYPE, "mask", TENSOR_CAME, TO_JAX
+    ),
+    bad(
+        "ignore-rank",
+        lambda m: lib.ignore_causal_mask_sdpa(m, EMBEDS, 0),
+        VALUE,
+        "attention_mask",
+        r"int32\[1, 2, 5\]",
+        "rank 2 or 4",
+        argument=ONES[None],
+    ),
+    bad(
+        "ignore-past",
+        lambda: lib.ignore_causal_mask_sdpa(None, EMBEDS, -1),
+        VALUE,
+        "past_key_values_length",
+        "got -1",
+        "at least 0",
+    ),
+    bad(
+        "ignore-embeds",
+        lambda e: lib.ignore_causal_mask_sdpa(None, e, 0),
+        VALUE,
+        "inputs_embeds",
+        r"float32\[3\]",
+        "rank",
+        argument=jnp.zeros(3),
+    ),
+    bad(
+        "ignore-embeds-list",
+        lambda: lib.ignore_causal_mask_sdpa(None, [[1.0]], 0),
+        TYPE,
+        "inputs_embeds",
+        "a list",
+        "JAX or NumPy array",
+    ),
+    bad(
+        "prepare-4d-shape",
+        lambda m: lib.prepare_4d_causal_attention_mask(m, (2, 3), EMBEDS, 0),
+        VALUE,
+        "attention_mask",
+        r"\(2, 1, 3, 3\)",
+        r"\(2, 1, 3, 4\)",
+        argument=jnp.ones((2, 1, 3, 4)),
+    ),
+    bad(
+        "prepare-4d-float16",
+        lambda m: lib.prepare_4d_causal_attention_mask(m, (2, 3), EMBEDS, 0),
+        VALUE,
+        "attention_mask",
+        r"float16\[2, 1, 3, 3\]",
+        "float32",
+        "inputs_embeds",
+        argument=jnp.ones((2, 1, 3, 3), jnp.float16),
+    ),
+    bad(
+        "prepare-keys",
+        lambda m: lib.prepare_4d_causal_attention_mask(m, (2, 3), EMBEDS, 0),
+        VALUE,
+        "key_value_length is 3",
+        r"int32\[2, 5\]",
+        argument=ONES,
+    ),
+    bad(
+        "prepare-embeds-int",
+        lambda e: lib.prepare_4d_causal_attention_mask(None, (2, 5), e, 0),
+        TYPE,
+        "inputs_embeds",
+        r"int32\[2, 5\]",
+        "float",
+        argument=ONES,
+    ),
+    bad(
+        "prepare-embeds-torch",
+        lambda: lib.prepare_4d_causal_attention_mask(None, (2, 5), TENSOR, 0),
+        TYPE,
+        "inputs_embeds",
+        TENSOR_CAME,
+        TO_JAX,
+    ),
+    bad(
+        "prepare-traced-past",
+        lambda t: lib.prepare_4d_causal_attention_mask(None, (2, 3), EMBEDS, t),
+        VALUE,
+        "key_value_length is missing",
+        "past_key_values_length",
+        argument=jnp.array(2),
+    ),
+    bad(
+        "prepare-sdpa-shape",
+        lambda m: lib.prepare_4d_causal_attention_mask_for_sdpa(m, (2, 3), EMBEDS, 0),
+        VALUE,
+        "attention_mask",
+        r"int32\[5\]",
+        "rank 2 or 4",
+        argument=ONES[0],
+    ),
+    bad(
+        "prepare-sdpa-torch",
+        lambda: lib.prepare_4d_causal_attention_mask_for_sdpa(TENSOR, (2, 5), EMBEDS, 0),
+        TYPE,
+        "attention_mask",
+        TENSOR_CAME,
+        TO_JAX,
+    ),
+    # Transformers' signatures.
+    bad(
+        "hf-not-causal",
+        lambda: hf.AttentionMaskConverter(False).to_causal_4d(1, 2, 2, jnp.float32),
+        VALUE,
+        "is_causal=True",
+        "is_causal=False",
+    ),
+    bad("hf-window", lambda: hf.AttentionMaskConverter(True, -1), VALUE, "sliding_window", "got -1", "at least 1"),
+    bad(
+        "hf-4d-no-key-length",
+        lambda m: hf_causal.to_4d(m, 2, jnp.float32),
+        VALUE,
+        "key_value_length is missing",
+        argument=ONES,
+    ),
+    bad(
+        "hf-4d-torch-dtype",
+        lambda m: hf_causal.to_4d(m, 2, torch.float16, 5),
+        TYPE,
+        "dtype",
+        r"torch\.float16",
+        r"jnp\.float32",
+        argument=ONES,
+    ),
+    bad(
+        "hf-swapped-dtype",
+        lambda m: hf_causal.to_4d(m, 2, 5, jnp.float32),
+        TYPE,
+        "dtype",
+        "5",
+        r"jnp\.float32",
+        argument=ONES,
+    ),
+    bad("hf-expand-torch", lambda: hf_causal._expand_mask(TENSOR, jnp.float32), TYPE, "mask", TENSOR_CAME, TO_JAX),
+    bad(
+        "hf-make-float64",
+        lambda: hf_causal._make_causal_mask((1, 2), jnp.float64, "cpu"),
+        VALUE,
+        "dtype",
+        "float64",
+        "jax_enable_x64",
+    ),
+    bad(
+        "hf-unmask-bool",
+        lambda m: hf_causal._unmask_unattended(m, -1.0),
+        VALUE,
+        "expanded_mask",
+        r"bool\[1, 2, 5\]",
+        argument=VALID[None],
+    ),
+    bad(
+        "hf-prepare-4d-shape",
+        lambda m: hf_any._prepare_4d_causal_attention_mask(m, (2, 3), EMBEDS, 0),
+        VALUE,
+        "attention_mask",
+        r"\(2, 1, 3, 3\)",
+        r"\(2, 1, 4, 3\)",
+        argument=jnp.ones((2, 1, 4, 3)),
+    ),
+    bad(
+        "hf-encoder-rank",
+        lambda m: hf_any._prepare_4d_attention_mask(m, jnp.float32),
+        VALUE,
+        "mask",
+        r"int32\[5\]",
+        "rank 2",
+        argument=ONES[0],
+    ),
+    bad(
+        "hf-create-shape",
+        lambda: hf_any._create_4d_causal_attention_mask((2,), jnp.float32, "cpu"),
+        VALUE,
+        "input_shape",
+        r"\(2,\)",
+        r"\(batch, query_length\)",
+    ),
+]
+
+every_row = pytest.mark.parametrize("row", TABLE, ids=[row.name for row in TABLE])
+
+
+def refusal(call: Callable[[], object], error: type[Exception]) -> str:
+    with pytest.raises(error) as caught:
+        call()
+    assert type(caught.value) is error
+    return str(caught.value)
+
+
+@every_row
+def test_bad_input_is_refused_in_full(row: Bad) -> None:
+    message = refusal(lambda: row.call() if row.argument is None else row.call(row.argument), row.error)
+    assert [fragment for fragment in row.says if not re.search(fragment, message)] == [], message
+
+
+@every_row
+def test_bad_input_is_refused_while_tracing(row: Bad) -> None:
+    def traced(argument: Any) -> jax.Array:
+        row.call() if row.argument is None else row.call(argument)
+        return jnp.zeros(())
+
+    argument: Any = jnp.zeros(()) if row.argument is None else row.argument
+    message = refusal(lambda: jax.jit(traced)(argument), row.error)
+    assert [fragment for fragment in row.says if not re.search(fragment, message)] == [], message
+
+
+def test_the_hint_of_an_additive_bias_is_for_masks_only() -> None:
+    message = refusal(lambda: Causal().dense(2, 2, offset=jnp.zeros(())), TypeError)
+    assert "additive bias" not in message

@@ -1,0 +1,136 @@
+"""One exported program serves every platform and every batch size, with the bits of the direct call."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import export
+
+from jaxmask import (
+    AttentionMaskConverter,
+    Causal,
+    Dense,
+    Empty,
+    Full,
+    Mask,
+    Padding,
+    Predicate,
+    Prefix,
+    SlidingWindow,
+    Window,
+    create_4d_causal_attention_mask,
+    expand_mask,
+    make_causal_mask,
+    prepare_4d_attention_mask,
+    prepare_4d_attention_mask_for_sdpa,
+    prepare_4d_causal_attention_mask,
+    prepare_4d_causal_attention_mask_for_sdpa,
+    unmask_unattended,
+)
+
+PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
+BATCHES = (1, 3)
+Q, KV = 4, 6
+PAST = KV - Q
+
+
+def strided(b: jax.Array, h: jax.Array, q: jax.Array, kv: jax.Array) -> jax.Array:
+    return (q + kv + b) % 2 == 0
+
+
+def of_padding(valid: jax.Array) -> jax.Array:
+    """A bool that differs by example and query, made of the padding."""
+    return valid[:, None, None, :] != (jnp.arange(Q) % 2)[:, None]
+
+
+# Each is a description made of what the batch brings: valid [b, kv], and positions [b].
+MASKS: dict[str, Callable[[jax.Array, jax.Array], Mask]] = {
+    "Full": lambda valid, at: Full(),
+    "Empty": lambda valid, at: Empty(),
+    "Causal": lambda valid, at: Causal(),
+    "SlidingWindow": lambda valid, at: SlidingWindow(2),
+    "SlidingWindow, traced": lambda valid, at: SlidingWindow(at.max()),
+    "Window": lambda valid, at: Window(1, 2),
+    "Window, unbounded": lambda valid, at: Window(None, 1),
+    "Prefix": lambda valid, at: Prefix(2),
+    "Prefix, per example": lambda valid, at: Prefix(at),
+    "Padding": lambda valid, at: Padding(valid),
+    "Dense": lambda valid, at: Dense(of_padding(valid), offset=PAST),
+    "Predicate": lambda valid, at: Predicate(strided),
+    "Not": lambda valid, at: ~Padding(valid),
+    "And": lambda valid, at: Causal() & Padding(valid),
+    "Or": lambda valid, at: Causal() | Prefix(at),
+    "nested": lambda valid, at: ~(SlidingWindow(2) & Padding(valid)) | (Prefix(at) & ~Dense(of_padding(valid), PAST)),
+}
+
+# Each reads valid [b, kv], a bias [b, 1, q, kv] and embeddings [b, q, 8].
+Operation = Callable[[jax.Array, jax.Array, jax.Array], jax.Array | None]
+OPERATIONS: dict[str, Operation] = {
+    "to_causal_4d": lambda valid, bias, x: AttentionMaskConverter(True).to_causal_4d(x.shape[0], Q, KV, x.dtype),
+    "to_causal_4d, window": lambda valid, bias, x: AttentionMaskConverter(True, 2).to_causal_4d(x.shape[0], Q, KV),
+    "to_4d": lambda valid, bias, x: AttentionMaskConverter(False).to_4d(valid, Q, KV),
+    "to_4d, causal": lambda valid, bias, x: AttentionMaskConverter(True).to_4d(valid, Q, KV, x.dtype),
+    "to_4d, window": lambda valid, bias, x: AttentionMaskConverter(True, 2).to_4d(valid, Q, KV),
+    "make_causal_mask": lambda valid, bias, x: make_causal_mask((x.shape[0], Q), PAST, 2),
+    "expand_mask": lambda valid, bias, x: expand_mask(valid, Q),
+    "unmask_unattended": lambda valid, bias, x: unmask_unattended(bias),
+    "create_4d_causal_attention_mask": lambda valid, bias, x: create_4d_causal_attention_mask((x.shape[0], Q), PAST, 2),
+    "prepare_4d_causal_attention_mask, 2D": lambda valid, bias, x: prepare_4d_causal_attention_mask(
+        valid, (x.shape[0], Q), x, PAST, 2
+    ),
+    "prepare_4d_causal_attention_mask, 4D": lambda valid, bias, x: prepare_4d_causal_attention_mask(
+        bias == 0, (x.shape[0], Q), x, PAST
+    ),
+    "prepare_4d_causal_attention_mask, no mask": lambda valid, bias, x: prepare_4d_causal_attention_mask(
+        None, (x.shape[0], Q), x, PAST
+    ),
+    "prepare_4d_causal_attention_mask_for_sdpa": lambda valid, bias, x: prepare_4d_causal_attention_mask_for_sdpa(
+        valid, (x.shape[0], Q), x, PAST
+    ),
+    "prepare_4d_attention_mask": lambda valid, bias, x: prepare_4d_attention_mask(valid, Q),
+    "prepare_4d_attention_mask_for_sdpa": lambda valid, bias, x: prepare_4d_attention_mask_for_sdpa(valid, Q),
+}
+
+
+def inputs(batch: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The arguments of an operation; the first example is all padding, so that its rows have nothing to attend to."""
+    valid = np.arange(batch * KV).reshape(batch, KV) % 4 > 0
+    valid[0] = False
+    bias = jnp.where(valid[:, None, None, :] & np.tri(Q, KV, dtype=bool), 0, jnp.finfo(jnp.float32).min)
+    return jnp.asarray(valid), bias.astype(jnp.float32), jnp.zeros((batch, Q, 8), jnp.bfloat16)
+
+
+def mask_inputs(batch: int) -> tuple[jax.Array, jax.Array]:
+    return inputs(batch)[0], jnp.arange(1, batch + 1, dtype=jnp.int32)
+
+
+def assert_exports(
+    function: Callable[..., jax.Array | None], arguments: Callable[[int], tuple[jax.Array, ...]]
+) -> None:
+    """Assert that ``function``, exported once for a batch ``b``, gives the bits of the direct call for each batch."""
+    (batch,) = export.symbolic_shape("b")
+    specs = [jax.ShapeDtypeStruct((batch, *array.shape[1:]), array.dtype) for array in arguments(1)]
+    exported = export.export(jax.jit(function), platforms=PLATFORMS)(*specs)
+    assert exported.platforms == PLATFORMS
+    for size in BATCHES:
+        direct, called = function(*arguments(size)), exported.call(*arguments(size))
+        assert direct is not None
+        assert (called.shape, called.dtype) == (direct.shape, direct.dtype)
+        assert np.asarray(called).tobytes() == np.asarray(direct).tobytes()
+
+
+@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
+def test_dense_exports_with_a_symbolic_batch(mask: Callable[[jax.Array, jax.Array], Mask]) -> None:
+    assert_exports(lambda valid, at: mask(valid, at).dense(Q, KV, offset=PAST + 0 * at), mask_inputs)
+
+
+@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
+def test_bias_exports_with_a_symbolic_batch(mask: Callable[[jax.Array, jax.Array], Mask]) -> None:
+    assert_exports(lambda valid, at: mask(valid, at).bias(Q, KV, jnp.bfloat16, offset=PAST), mask_inputs)
+
+
+@pytest.mark.parametrize("operation", OPERATIONS.values(), ids=OPERATIONS)
+def test_operation_exports_with_a_symbolic_batch(operation: Operation) -> None:
+    assert_exports(operation, inputs)

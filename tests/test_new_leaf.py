@@ -1,0 +1,74 @@
+"""A new kind of mask is one small subclass: everything else comes with it."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxmask import Causal, Mask, Padding
+from jaxmask.mask import Allowed, Index, Scalar
+
+
+class Dilated(Mask):
+    step: Scalar
+
+    def allows(self, b: Index, h: Index, q: Index, kv: Index) -> Allowed:
+        return (q - kv) % self.step == 0
+
+
+LENGTH = 6
+QUERIES, KEYS = np.indices((LENGTH, LENGTH))
+BY_TWO = (QUERIES - KEYS) % 2 == 0
+
+
+def test_a_new_leaf_densifies() -> None:
+    np.testing.assert_array_equal(Dilated(2).dense(LENGTH, LENGTH)[0, 0], BY_TWO)
+
+
+def test_a_new_leaf_is_a_bias() -> None:
+    np.testing.assert_array_equal(Dilated(2).bias(LENGTH, LENGTH)[0, 0] == 0, BY_TWO)
+
+
+def test_a_new_leaf_composes() -> None:
+    valid = jnp.array([[False, True, True, True, True, True]])
+    composed = Causal() & Padding(valid) & ~Dilated(2)
+    np.testing.assert_array_equal(composed.dense(LENGTH, LENGTH)[0, 0], (KEYS <= QUERIES) & np.asarray(valid) & ~BY_TWO)
+
+
+def test_a_new_leaf_takes_an_offset() -> None:
+    np.testing.assert_array_equal(Dilated(2).dense(1, LENGTH, offset=3)[0, 0], BY_TWO[3:4])
+
+
+def test_a_new_leaf_refuses_to_guess_the_alignment() -> None:
+    with pytest.raises(ValueError, match=r"offset is missing.*Dilated\(2\)"):
+        Dilated(2).dense(1, LENGTH)
+
+
+def test_a_new_leaf_is_an_argument_of_jit() -> None:
+    np.testing.assert_array_equal(
+        jax.jit(lambda mask: mask.dense(LENGTH, LENGTH))(Dilated(jnp.asarray(2)))[0, 0], BY_TWO
+    )
+
+
+def test_a_new_leaf_is_mapped_over() -> None:
+    stacked = jax.vmap(Dilated)(jnp.array([1, 2, 3]))
+    mapped = jax.vmap(lambda mask: mask.dense(LENGTH, LENGTH)[0, 0])(stacked)
+    np.testing.assert_array_equal(mapped, np.stack([(QUERIES - KEYS) % step == 0 for step in (1, 2, 3)]))
+
+
+def test_a_new_leaf_compares_and_hashes_by_its_static_integers() -> None:
+    assert (Dilated(2), hash(Dilated(2))) == (Dilated(2), hash(Dilated(2)))
+    assert Dilated(2) != Dilated(3)
+
+
+def test_a_new_leaf_is_immutable() -> None:
+    with pytest.raises(AttributeError):
+        Dilated(2).step = 3  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def test_a_leaf_without_a_meaning_says_so() -> None:
+    class Meaningless(Mask):
+        pass
+
+    with pytest.raises(NotImplementedError, match=r"Meaningless must say what it allows"):
+        Meaningless().dense(2, 2)

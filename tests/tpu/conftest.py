@@ -1,0 +1,6 @@
+"""Before jax is imported: no TPU is here, and libtpu is not to ask for one."""
+
+import os
+
+os.environ["TPU_SKIP_MDS_QUERY"] = "1"
+os.environ["JAX_PLATFORMS"] = "cpu"

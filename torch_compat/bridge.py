@@ -1,0 +1,58 @@
+"""Tensors from one framework to the other, by DLPack: without a copy where the frameworks allow it.
+
+A shared buffer is one buffer. JAX takes its arrays to be immutable: do not write into a tensor that came from one, nor
+into a tensor that was handed to JAX.
+"""
+
+import jax
+import jax.numpy as jnp
+import torch
+
+from jaxmask import checks
+
+
+def to_torch(array: jax.Array) -> torch.Tensor:
+    """A JAX array as a PyTorch tensor of the same dtype, bfloat16 and bool included, on the same memory.
+
+    Args:
+        array: any shape, on one device.
+
+    Raises:
+        TypeError: not a JAX array; a traced array, which has no contents yet.
+
+    >>> to_torch(jnp.array([True, False]))
+    tensor([ True, False])
+    """
+    if not isinstance(array, jax.Array):
+        raise TypeError(f"array must be a JAX array, got a {type(array).__name__}")
+    if checks.is_traced(array):
+        raise TypeError("array is traced and has no contents to hand over: call to_torch outside of jit")
+    return torch.from_dlpack(array)
+
+
+def to_jax(tensor: torch.Tensor) -> jax.Array:
+    """A PyTorch tensor as a JAX array of the same dtype, bfloat16 and bool included.
+
+    The memory is shared where the tensor is contiguous and aligned as JAX wants it; else it is copied.
+
+    Args:
+        tensor: any shape; detached from autograd.
+
+    Raises:
+        TypeError: not a PyTorch tensor.
+        ValueError: a 64-bit tensor while 64-bit mode is off, or one that requires grad.
+
+    >>> to_jax(torch.tensor([1.5, 2.5], dtype=torch.bfloat16))
+    Array([1.5, 2.5], dtype=bfloat16)
+    """
+    if not isinstance(tensor, torch.Tensor):
+        raise TypeError(f"tensor must be a PyTorch tensor, got a {type(tensor).__name__}")
+    if tensor.requires_grad:
+        raise ValueError("tensor requires grad, which JAX could not carry on: hand over tensor.detach()")
+    if tensor.dtype in (torch.int64, torch.float64) and not checks.has_64_bits():
+        raise ValueError(
+            f"tensor is {tensor.dtype}, and JAX would cut it to 32 bits: convert it first, as by "
+            f"tensor.to({torch.int32 if tensor.dtype == torch.int64 else torch.float32}), or switch 64-bit mode on by "
+            'jax.config.update("jax_enable_x64", True)'
+        )
+    return jnp.from_dlpack(tensor.contiguous())

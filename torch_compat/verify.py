@@ -1,0 +1,244 @@
+"""Run jaxmask and PyTorch on the same inputs, compare bit for bit, and report.
+
+jaxmask is called by Transformers' own names and signatures (:mod:`jaxmask.hf.modeling_attn_mask_utils`), so that one
+call, with its arrays in either framework, runs on every side.
+"""
+
+import json
+import warnings
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+from transformers import modeling_attn_mask_utils as transformers_masks
+
+from jaxmask.hf import modeling_attn_mask_utils as jax_masks
+from torch_compat import minilm, reference
+from torch_compat.bridge import to_torch
+from torch_compat.cases import DTYPES, OPERATIONS, Case, Embeds, generate
+
+ORACLES: dict[str, ModuleType] = {"reference": reference, "transformers": transformers_masks}
+DEFAULT_CASES = 240
+
+
+@dataclass
+class Row:
+    """What one operation did in one dtype against one oracle."""
+
+    operation: str
+    dtype: str
+    oracle: str
+    cases: int = 0
+    equal: int = 0
+    first_difference: dict[str, Any] | None = None
+
+
+def compare(ours: object, theirs: object) -> str | None:
+    """How two results differ, or ``None`` where they are the same: type, shape, dtype and every bit."""
+    if isinstance(ours, Exception) or isinstance(theirs, Exception):
+        # A TypeError on both sides would be a call that neither understands, and no agreement.
+        return (
+            None
+            if not isinstance(ours, TypeError) and _error_kind(ours) == _error_kind(theirs)
+            else f"ours {ours!r}, theirs {theirs!r}"
+        )
+    if not isinstance(ours, jax.Array) or not isinstance(theirs, torch.Tensor):
+        return None if type(ours) is type(theirs) and ours == theirs else f"ours {ours!r}, theirs {theirs!r}"
+    converted = to_torch(ours)
+    if converted.dtype != theirs.dtype or converted.shape != theirs.shape:
+        return f"ours {converted.dtype}{list(converted.shape)}, theirs {theirs.dtype}{list(theirs.shape)}"
+    differs = (_bits(converted) != _bits(theirs)).nonzero()
+    if len(differs) == 0:
+        return None
+    index = tuple(differs[0].tolist())
+    return f"{len(differs)} elements, the first at {index}: ours {converted[index]!r}, theirs {theirs[index]!r}"
+
+
+def _bits(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor as integers, so that -0.0 is not 0.0."""
+    integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    return tensor.contiguous().view(integers[tensor.element_size()])
+
+
+def _error_kind(value: object) -> type[Exception] | None:
+    """An exception's type; what PyTorch says of shapes deep inside an operation, jaxmask says of an argument."""
+    if not isinstance(value, Exception):
+        return None
+    return ValueError if isinstance(value, RuntimeError) and not isinstance(value, NotImplementedError) else type(value)
+
+
+def call_jax(case: Case) -> object:
+    """The case's result in JAX, or the exception."""
+    return _call(jax_masks, case, jnp.dtype(DTYPES[case.dtype]), np.asarray, jnp.zeros)
+
+
+def call_torch(oracle: str, case: Case) -> object:
+    """The case's result in PyTorch, or the exception."""
+    dtype = getattr(torch, case.dtype)
+    return _call(ORACLES[oracle], case, dtype, _tensor, lambda shape, dtype: torch.zeros(shape, dtype=dtype))
+
+
+def _call(
+    module: ModuleType,
+    case: Case,
+    dtype: object,
+    convert: Callable[[np.ndarray], object],
+    zeros: Callable[..., object],
+) -> object:
+    def value(argument: object) -> object:
+        if isinstance(argument, Embeds):
+            return zeros((argument.batch_size, argument.query_length, 8), dtype)
+        return convert(argument) if isinstance(argument, np.ndarray) else argument
+
+    try:
+        arguments = {name: value(argument) for name, argument in case.arguments.items()}
+        if case.needs_dtype:
+            arguments["dtype"] = dtype
+        *owner, name = case.operation.split(".")
+        target: Any = getattr(module, owner[0]) if owner else module
+        if case.converter is not None:
+            target = target(*case.converter)
+        return getattr(target, name)(**arguments)
+    except Exception as error:
+        return error
+
+
+def _tensor(array: np.ndarray) -> torch.Tensor:
+    return (
+        torch.from_numpy(array)
+        if array.dtype.kind != "V"
+        else torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+    )
+
+
+@contextmanager
+def _precision(dtype: str) -> Generator[None]:
+    """float64 as its users set it up: 64-bit mode in JAX, the default dtype in PyTorch (Transformers fills in that)."""
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64 if dtype == "float64" else default)
+    try:
+        with jax.enable_x64(dtype == "float64"), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "The attention mask API under", FutureWarning)
+            yield
+    finally:
+        torch.set_default_dtype(default)
+
+
+def compare_operation(operation: str, dtype: str, oracles: Sequence[str], cases: int, seed: int) -> list[Row]:
+    """One row per oracle over the same generated cases."""
+    rows = [Row(operation, dtype, oracle) for oracle in oracles]
+    with _precision(dtype):
+        for case in generate(operation, dtype, cases, seed):
+            ours = call_jax(case)
+            for row in rows:
+                if row.oracle == "transformers" and not case.transformers:
+                    continue
+                difference = compare(ours, call_torch(row.oracle, case))
+                row.cases += 1
+                row.equal += difference is None
+                if difference is not None and row.first_difference is None:
+                    row.first_difference = {"inputs": case.describe(), "difference": difference}
+    return rows
+
+
+def run(
+    cases: int | None = None,
+    seed: int = 0,
+    operations: Sequence[str] | None = None,
+    dtypes: Sequence[str] | None = None,
+    oracles: Sequence[str] | None = None,
+    report: Path | None = None,
+    console: Console | None = None,
+) -> int:
+    """Compare everything that is asked for, print a table, and return the exit status: 1 on any difference.
+
+    Args:
+        cases: number of cases per operation and dtype; 240 unless given.
+        seed: of the generated inputs.
+        operations, dtypes, oracles: names; all of them unless given.
+        report: a file for the rows as JSON.
+        console: where to print.
+
+    Raises:
+        ValueError: an unknown name, or a number of cases that is not positive.
+    """
+    cases = DEFAULT_CASES if cases is None else cases
+    if cases < 1:
+        raise ValueError(f"cases must be at least 1, got {cases}")
+    operations = _known("op", operations, OPERATIONS)
+    dtypes = _known("dtype", dtypes, tuple(DTYPES))
+    oracles = _known("oracle", oracles, tuple(ORACLES))
+    console = console or _console()
+    rows: list[Row] = []
+    with Progress(console=console, disable=not console.is_terminal, transient=True) as progress:
+        task = progress.add_task("", total=len(operations) * len(dtypes))
+        for operation in operations:
+            progress.update(task, description=operation)
+            for dtype in dtypes:
+                rows += compare_operation(operation, dtype, oracles, cases, seed)
+                progress.advance(task)
+            if not console.is_terminal:
+                done = [row for row in rows if row.operation == operation]
+                console.print(
+                    f"{operation}: {sum(row.equal for row in done)} of {sum(row.cases for row in done)} equal"
+                )
+    console.print(_table(rows, dtypes, oracles))
+    models = [minilm.check("eager"), minilm.check("sdpa")]
+    for model in models:
+        console.print(model.describe(), soft_wrap=True)
+    for row in rows:
+        if row.first_difference is not None:
+            where = f"{row.operation}, {row.dtype}, against {row.oracle}: {row.cases - row.equal} of {row.cases} differ"
+            console.print(
+                f"{where}\n  {row.first_difference['inputs']}\n  {row.first_difference['difference']}", markup=False
+            )
+    total, differences = sum(row.cases for row in rows), sum(row.cases - row.equal for row in rows)
+    console.print(f"{total:,} comparisons, bit for bit: {differences} differences")
+    if report is not None:
+        content = {
+            "seed": seed,
+            "comparisons": total,
+            "differences": differences,
+            "rows": [row.__dict__ for row in rows],
+            "models": [model.__dict__ for model in models],
+        }
+        report.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    return int(differences > 0 or not all(model.identical for model in models))
+
+
+def _console() -> Console:
+    """A terminal as wide as it is; else wide enough for the names of the operations."""
+    console = Console()
+    return console if console.is_terminal else Console(width=100)
+
+
+def _known(option: str, names: Sequence[str] | None, known: Sequence[str]) -> Sequence[str]:
+    for name in names or ():
+        if name not in known:
+            raise ValueError(f"{option}: {name!r} is not one of {', '.join(known)}")
+    return names or known
+
+
+def _table(rows: Sequence[Row], dtypes: Sequence[str], oracles: Sequence[str]) -> Table:
+    table = Table(title=f"results equal to {' and '.join(oracles)}")
+    table.add_column("operation", overflow="fold")
+    for dtype in dtypes:
+        table.add_column(dtype, justify="right")
+    for operation in dict.fromkeys(row.operation for row in rows):
+        cells: list[str] = []
+        for dtype in dtypes:
+            cell = [row for row in rows if (row.operation, row.dtype) == (operation, dtype)]
+            equal, compared = sum(row.equal for row in cell), sum(row.cases for row in cell)
+            cells.append(str(equal) if equal == compared else f"[bold red]{equal} of {compared}[/]")
+        table.add_row(operation, *cells)
+    return table
