@@ -59,19 +59,17 @@ def is_array(value: object) -> bool:
     return isinstance(value, jax.Array | np.ndarray | jax.ShapeDtypeStruct)
 
 
-def array(name: str, value: Any, kinds: str, *ranks: int) -> Any:
+def array(name: str, value: Any, kinds: str, *ranks: int, hint: str = "") -> Any:
     """``value``, a JAX or NumPy array whose dtype is of one of ``kinds`` and whose rank is one of ``ranks``.
 
     ``kinds`` holds ``b`` for bool, ``i`` for integers, ``f`` for floats; without ``ranks`` every rank will do.
+    ``hint`` says how an array of another dtype becomes one of these.
     """
     if not is_array(value):
         raise TypeError(f"{name} must be a JAX or NumPy array, got {describe(value)}{_array_hint(value)}")
     families = {"b": ("bool", jnp.bool_), "i": ("integer", jnp.integer), "f": ("float", jnp.floating)}
     if not any(jnp.issubdtype(value.dtype, families[kind][1]) for kind in kinds):
         expected = " or ".join(families[kind][0] for kind in kinds)
-        hint = (
-            f"; an additive bias becomes one by `{name} == 0`" if "f" not in kinds and value.dtype.kind in "fV" else ""
-        )
         raise TypeError(f"{name} must be {expected}, got {describe(value)}{hint}")
     if ranks and value.ndim not in ranks:
         expected = " or ".join(str(rank) for rank in ranks)

@@ -241,6 +241,7 @@ def ignore_causal_mask_sdpa(
     """
     if attention_mask is not None:
         checks.array("attention_mask", attention_mask, "bif", 2, 4)
+    checks.array("inputs_embeds", inputs_embeds, "bif", 2, 3, 4)
     if checks.is_array(past_key_values_length):
         return False
     query_length = inputs_embeds.shape[1]
@@ -327,6 +328,11 @@ def prepare_4d_causal_attention_mask(
             batch_size, query_length, key_value_length, dtype, past_key_values_length=past_key_values_length
         )
     if attention_mask.ndim == 2:
+        if attention_mask.shape[0] != batch_size:
+            raise ValueError(
+                f"attention_mask must be for the batch of {batch_size} that input_shape says, got "
+                f"{checks.describe(attention_mask)}"
+            )
         return converter.to_4d(
             attention_mask, query_length, key_value_length, dtype, past_key_values_length=past_key_values_length
         )
@@ -421,8 +427,8 @@ def _bias_of_4d(mask: Mask4D, dtype: np.dtype[Any]) -> Bias4D:
 
 
 def _checked_input_shape(name: str, input_shape: Sequence[int]) -> tuple[int, int]:
-    if len(input_shape) != 2:
-        raise ValueError(f"{name} must be (batch, query_length), got {tuple(input_shape)}")
+    if not isinstance(input_shape, Sequence) or len(input_shape) != 2:
+        raise ValueError(f"{name} must be (batch, query_length), got {checks.describe(input_shape)}")
     batch_size, query_length = input_shape
     return checks.length(f"{name}[0]", batch_size), checks.length(f"{name}[1]", query_length)
 
@@ -449,7 +455,7 @@ def _checked_offset(query_length: int, key_value_length: int, past_key_values_le
     if past_key_values_length is None:
         return key_value_length - query_length
     if checks.is_array(past_key_values_length):
-        return past_key_values_length
+        return checks.array("past_key_values_length", past_key_values_length, "i", 0, 1)
     past = checks.integer("past_key_values_length", past_key_values_length, minimum=0)
     if past + query_length > key_value_length:
         raise ValueError(

@@ -8,7 +8,7 @@ import operator
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
 from functools import partial, reduce
-from typing import Any, ClassVar, NoReturn, Self, dataclass_transform
+from typing import Any, ClassVar, Literal, NoReturn, Self, dataclass_transform
 
 import jax
 import jax.numpy as jnp
@@ -86,8 +86,8 @@ class Mask:
                 Another offset never recompiles.
 
         Returns:
-            bool ``[batch|1, heads|1, query_length, key_length]``. Read inside a ``jit``, it fuses into what consumes it
-            and need never exist.
+            bool ``[batch|1, heads|1, query_length, key_length]``. Read inside a ``jit``, XLA fuses it into what consumes
+            it; where it is broadcast over heads, it may write it out once, as ``[query_length, key_length]``.
 
         Raises:
             ValueError: the lengths differ and no offset says how they are aligned; a length is not positive, or does
@@ -331,7 +331,7 @@ class Prefix(Mask):
         pass  # no position of a query is looked at
 
     def allows(self, b: Index, h: Index, q: Index, kv: Index) -> Allowed:
-        return kv < (_lookup(self.length, b) if np.ndim(self.length) else self.length)
+        return kv < (_lookup(self.length, b=b) if np.ndim(self.length) else self.length)
 
 
 class Padding(Mask):
@@ -353,7 +353,11 @@ class Padding(Mask):
     valid: Bool[Array | np.ndarray, "batch kv"] | Int[Array | np.ndarray, "batch kv"]
 
     def __post_init__(self) -> None:
-        checks.array("valid", self.valid, "bi", 2)
+        hint = "; make it bool by `valid != 0` from a 0/1 mask, or by `valid == 0` from an additive bias"
+        checks.array("valid", self.valid, "bi", 2, hint=hint)
+        if isinstance(self.valid, np.ndarray):
+            # Before JAX, without 64-bit mode, cuts an int64 in half.
+            object.__setattr__(self, "valid", self.valid != 0)
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -367,7 +371,7 @@ class Padding(Mask):
             )
 
     def allows(self, b: Index, h: Index, q: Index, kv: Index) -> Allowed:
-        return _lookup(self.valid, b, kv) != 0
+        return _lookup(self.valid, b=b, kv=kv) != 0
 
 
 class Dense(Mask):
@@ -392,7 +396,8 @@ class Dense(Mask):
     offset: Scalar = 0
 
     def __post_init__(self) -> None:
-        checks.array("allowed", self.allowed, "b", 2, 4)
+        hint = "; make it bool by `allowed != 0` from a 0/1 mask, or by `allowed == 0` from an additive bias"
+        checks.array("allowed", self.allowed, "b", 2, 4, hint=hint)
         _check_scalar("offset", self.offset, minimum=-checks.INT32_MAX)
 
     @property
@@ -421,7 +426,7 @@ class Dense(Mask):
         rows = allowed.shape[2]
         row = q - self.offset
         given = True if rows == 1 else (row >= 0) & (row < rows)
-        return given & _lookup(allowed, b, h, row, kv)
+        return given & _lookup(allowed, b=b, h=h, q=row, kv=kv)
 
 
 class Predicate(Mask):
@@ -433,6 +438,7 @@ class Predicate(Mask):
         fn: takes four int32 arrays that broadcast against each other (batch, head, query position, key position), and
             returns a bool array that broadcasts with them. It is part of the mask's static structure, compared by
             identity: define it once, for another function is another compilation.
+        batch, heads: the sizes of the axes that ``fn`` looks at, where no mask beside it has them; static.
 
     Raises:
         TypeError: ``fn`` is not callable or, when the mask is read, does not return bool.
@@ -445,13 +451,24 @@ class Predicate(Mask):
     """
 
     fn: Callable[[Any, Any, Any, Any], Any]
+    batch: int | None = None
+    heads: int | None = None
 
     def __post_init__(self) -> None:
         if not callable(self.fn):
             raise TypeError(f"fn must be a function of (b, h, q, kv), got {checks.describe(self.fn)}")
+        for name in ("batch", "heads"):
+            if getattr(self, name) is not None:
+                checks.length(name, getattr(self, name))
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return self.batch or 1, self.heads or 1, 1
 
     def allows(self, b: Index, h: Index, q: Index, kv: Index) -> Allowed:
-        allowed = jnp.asarray(self.fn(b, h, q, kv))
+        # A size of 1 serves every index, as in broadcasting.
+        b, h = 0 if self.batch == 1 else b, 0 if self.heads == 1 else h
+        allowed = jnp.asarray(self.fn(*map(jnp.asarray, (b, h, q, kv))))
         if allowed.dtype != jnp.bool_:
             raise TypeError(f"fn of Predicate must return bool, got {checks.describe(allowed)} from {self.fn!r}")
         shape = jnp.broadcast_shapes(*map(jnp.shape, (b, h, q, kv)))
@@ -564,9 +581,33 @@ def _dense(mask: Mask, query_length: int, key_length: int, offset: Offset) -> Bo
     if first.shape[0] != 1 and batch not in (1, first.shape[0]):
         raise ValueError(f"offset is for a batch of {first.shape[0]}, but {mask!r} for one of {batch}")
     shape = (first.shape[0] if batch == 1 else batch, heads, query_length, key_length)
-    sizes = [[size if i == axis else 1 for i, size in enumerate(shape)] for axis in range(4)]
-    b, h, q, kv = (lax.broadcasted_iota(jnp.int32, size, axis) for axis, size in enumerate(sizes))
-    return jnp.broadcast_to(mask.allows(b, h, q + first, kv), shape)
+    b, h, q, kv = (_indices(size, axis) for axis, size in enumerate(shape))
+    allowed = mask.allows(b, h, q + first, kv)
+    ranks = {jnp.ndim(leaf) for leaf in (*jax.tree.leaves(mask), offset)}
+    if ranks <= {0}:
+        _check_ignores("batch", lambda two: mask.allows(two, h, q + first, kv), mask)
+    if 4 not in ranks and heads == 1:
+        _check_ignores("heads", lambda two: mask.allows(b, two, q + first, kv), mask)
+    return jnp.broadcast_to(allowed, shape)
+
+
+def _indices(size: int, axis: int) -> Int[Array | np.ndarray, "..."]:
+    """``0, 1, …`` along one of the four axes; in NumPy, where its contents tell ``_lookup`` that these are all."""
+    shape = _along(axis, size)
+    if jax.export.is_symbolic_dim(size):
+        return lax.broadcasted_iota(jnp.int32, shape, axis)
+    return np.arange(size, dtype=np.int32).reshape(shape)
+
+
+def _check_ignores(name: Literal["batch", "heads"], allows: Callable[[Index], Allowed], mask: Mask) -> None:
+    """Refuse a mask that differs between examples, or heads, where nothing says how many of them there are."""
+    axis = ("batch", "heads").index(name)
+    allowed = jax.eval_shape(lambda: jnp.asarray(allows(_indices(2, axis))))
+    if allowed.ndim == 4 and allowed.shape[axis] == 2 and mask.shape[axis] == 1:
+        raise ValueError(
+            f"{mask!r} looks at its index of {name}, but nothing says how many there are: give the size, as by "
+            f"Predicate(fn, {name}=…), or combine it with a mask that has it"
+        )
 
 
 @partial(jax.jit, static_argnames=("query_length", "key_length", "dtype"))
@@ -579,6 +620,8 @@ def _bias(
 def _check_scalar(name: str, value: Any, minimum: int, ranks: tuple[int, ...] = (0,)) -> None:
     if checks.is_array(value):
         checks.array(name, value, "i", *ranks)
+        if isinstance(value, np.ndarray) and value.size and abs(value).max() > checks.INT32_MAX:
+            raise ValueError(f"{name} must fit an int32, got {value}")
     else:
         checks.integer(name, value, minimum)
 
@@ -591,10 +634,41 @@ def _as_4d(array: Any) -> Any:
     return array[(None,) * (4 - array.ndim)]
 
 
-def _lookup(array: Any, *indices: Index) -> Array:
-    """``array[indices]``, where a size of 1 serves every index, as in broadcasting."""
-    found = tuple(0 if size == 1 else index for size, index in zip(array.shape, indices, strict=True))
-    return jnp.asarray(array).at[found].get(mode="clip")
+def _lookup(array: Any, **indices: Index) -> Array:
+    """``array[indices]``, where a size of 1 serves every index, as in broadcasting.
+
+    The indices are named for the axes of the array, a selection of ``b``, ``h``, ``q``, ``kv``. Those that run over a
+    whole axis make it a broadcast, and no gather: faster on a TPU, and without communication where the axis is sharded.
+    """
+    array = jnp.asarray(array)
+    axes = [("b", "h", "q", "kv").index(name) for name in indices]
+    sizes = dict(zip(axes, array.shape, strict=True))
+    spread = array.reshape([sizes.get(axis, 1) for axis in range(4)])
+    picked = [
+        (axis, index)
+        for axis, index in zip(axes, indices.values(), strict=True)
+        if sizes[axis] != 1 and not _is_whole(index, axis, sizes[axis])
+    ]
+    if not picked:
+        return spread
+    if len(picked) == 1 and np.shape(picked[0][1]) == _along(picked[0][0], np.size(picked[0][1])):
+        axis, index = picked[0]
+        return jnp.take(spread, jnp.ravel(index), axis, mode="clip")
+    found = tuple(0 if size == 1 else index for size, index in zip(array.shape, indices.values(), strict=True))
+    return array.at[found].get(mode="clip")
+
+
+def _along(axis: int, size: int) -> tuple[int, ...]:
+    return tuple(size if i == axis else 1 for i in range(4))
+
+
+def _is_whole(index: Index, axis: int, size: int) -> bool:
+    """Whether an index is known, now, to be ``0, 1, …, size - 1`` along its own axis."""
+    return (
+        isinstance(index, np.ndarray)
+        and index.shape == _along(axis, size)
+        and np.array_equal(index.reshape(-1), np.arange(size))
+    )
 
 
 def _refuse_operand(value: object) -> NoReturn:

@@ -75,7 +75,7 @@ def execute(notebook: Any) -> Any:
             cell.outputs, cell.execution_count = [], None
     # Without folders of kernels to search there is one kernel left: ipykernel in this very interpreter.
     kernels = KernelSpecManager(kernel_dirs=[])
-    manager = AsyncKernelManager(kernel_name="python3", kernel_spec_manager=kernels, transport="ipc")
+    manager = AsyncKernelManager(kernel_name="python3", kernel_spec_manager=kernels, transport_encryption="auto")
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "MPLBACKEND": "module://matplotlib_inline.backend_inline"}
     with tempfile.TemporaryDirectory() as folder:
         client = NotebookClient(

@@ -394,7 +394,7 @@ TABLE = [
         r"\(batch, query_length\)",
     ),
     bad(
-        "make-shape-int", lambda: lib.make_causal_mask(3), TYPE, "input_ids_shape", "got 3", r"\(batch, query_length\)"
+        "make-shape-int", lambda: lib.make_causal_mask(3), VALUE, "input_ids_shape", "got 3", r"\(batch, query_length\)"
     ),
     bad("make-batch", lambda: lib.make_causal_mask((0, 3)), VALUE, r"input_ids_shape\[0\]", "got 0", "at least 1"),
     bad("make-past", lambda: lib.make_causal_mask((1, 3), -1), VALUE, "past_key_values_length", "got -1", "at least 0"),

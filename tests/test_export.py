@@ -58,7 +58,7 @@ MASKS: dict[str, Callable[[jax.Array, jax.Array], Mask]] = {
     "Prefix, per example": lambda valid, at: Prefix(at),
     "Padding": lambda valid, at: Padding(valid),
     "Dense": lambda valid, at: Dense(of_padding(valid), offset=PAST),
-    "Predicate": lambda valid, at: Predicate(strided),
+    "Predicate": lambda valid, at: Predicate(strided) & Padding(valid),
     "Not": lambda valid, at: ~Padding(valid),
     "And": lambda valid, at: Causal() & Padding(valid),
     "Or": lambda valid, at: Causal() | Prefix(at),

@@ -358,6 +358,10 @@ def test_an_exported_program_serves_any_length() -> None:
 # Law 8: no retrace.
 
 
+# One read calls a predicate for itself, and to see that it looks at neither example nor head. Two reads call it more.
+TRACES = 3
+
+
 def counted() -> tuple[Mask, list[int]]:
     """A mask that allows what Causal does, and the traces of it so far."""
     traces: list[int] = []
@@ -374,7 +378,7 @@ def test_a_thousand_decode_steps_trace_once(spelled: Callable[[int], Any]) -> No
     mask, traces = counted()
     for t in range(1000):
         mask.dense(1, 1000, offset=spelled(t))
-    assert len(traces) == 1
+    assert len(traces) <= TRACES
 
 
 def test_a_thousand_decode_steps_compile_once() -> None:
@@ -397,21 +401,21 @@ def test_another_padding_of_the_same_shape_traces_nothing() -> None:
     mask, traces = counted()
     for flip in (False, True):
         (mask & Padding(jnp.asarray(VALID ^ flip))).dense(LENGTH, LENGTH)
-    assert len(traces) == 1
+    assert len(traces) <= TRACES
 
 
 def test_an_equal_static_integer_traces_nothing() -> None:
     mask, traces = counted()
     for _ in range(2):
         (mask & SlidingWindow(3)).dense(LENGTH, LENGTH)
-    assert len(traces) == 1
+    assert len(traces) <= TRACES
 
 
 def test_another_window_array_traces_nothing() -> None:
     mask, traces = counted()
     for size in (2, 3):
         (mask & SlidingWindow(jnp.asarray(size))).dense(LENGTH, LENGTH)
-    assert len(traces) == 1
+    assert len(traces) <= TRACES
 
 
 # The bias.
