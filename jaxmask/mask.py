@@ -86,8 +86,9 @@ class Mask:
                 Another offset never recompiles.
 
         Returns:
-            bool ``[batch|1, heads|1, query_length, key_length]``. Read inside a ``jit``, XLA fuses it into what consumes
-            it; where it is broadcast over heads, it may write it out once, as ``[query_length, key_length]``.
+            bool ``[batch|1, heads|1, query_length, key_length]``. Read inside a ``jit``, XLA may compute it where it is
+            used and never write it out, as in a sum; before a softmax, or a broadcast over heads, some backends write
+            it out once.
 
         Raises:
             ValueError: the lengths differ and no offset says how they are aligned; a length is not positive, or does
@@ -490,10 +491,13 @@ class _Combination(Mask):
     absorbing: ClassVar[type[Mask]]
 
     def __post_init__(self) -> None:
-        for axis, name in enumerate(("batch", "heads", "kv")):
-            if len({part.shape[axis] for part in self.masks} - {1}) > 1:
-                sizes = ", ".join(f"{part.shape[axis]} in {part!r}" for part in self.masks if part.shape[axis] != 1)
-                raise ValueError(f"masks joined by {self.symbol} must agree on the size of {name}, got {sizes}")
+        shapes = [part.shape for part in self.masks]
+        for name, *sizes in zip(("batch", "heads", "kv"), *shapes, strict=True):
+            if len(set(sizes) - {1}) > 1:
+                found = ", ".join(
+                    f"{size} in {part!r}" for size, part in zip(sizes, self.masks, strict=True) if size != 1
+                )
+                raise ValueError(f"masks joined by {self.symbol} must agree on the size of {name}, got {found}")
 
     @classmethod
     def of(cls, left: Mask, right: object) -> Mask:
@@ -509,9 +513,8 @@ class _Combination(Mask):
     @property
     def shape(self) -> tuple[int, int, int]:
         # Sizes agree or are 1: the last of the others is as good as any.
-        batch, heads, kv = (
-            ([1] + [part.shape[axis] for part in self.masks if part.shape[axis] != 1])[-1] for axis in range(3)
-        )
+        shapes = zip(*(part.shape for part in self.masks), strict=True)
+        batch, heads, kv = ([1, *(size for size in sizes if size != 1)][-1] for sizes in shapes)
         return batch, heads, kv
 
     def check_lengths(self, query_length: int, key_length: int, offset: Offset | None) -> None:

@@ -623,3 +623,19 @@ def test_a_numpy_window_beyond_int32_is_no_window_of_nothing() -> None:
 def test_a_numpy_padding_beyond_int32_is_not_cut_in_half() -> None:
     valid: Any = np.array([[2**32, 1, 0]])
     same_bits(Padding(valid).dense(1, 3), np.array([[[[True, True, False]]]]))
+
+
+def test_a_deep_nest_is_built_in_as_many_steps_as_it_is_deep() -> None:
+    reads: list[int] = []
+
+    class Sized(Mask):
+        @property
+        def shape(self) -> tuple[int, int, int]:
+            reads.append(1)
+            return 1, 1, 1
+
+    mask: Mask = Sized()
+    for i in range(12):
+        mask = (mask | Prefix(i)) & SlidingWindow(3 + i)
+    # Each of the 24 combinations asks what is in it once; more than once would double at every level.
+    assert len(reads) <= 24

@@ -1,0 +1,48 @@
+"""What an installation and a reader of the README rely on."""
+
+import doctest
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+COMMANDS = re.findall(r"^\$ (jaxmask .*)\n((?:(?!\$ |```).*\n)*)", README, flags=re.MULTILINE)
+
+
+@pytest.mark.parametrize("module", ["torch", "transformers", "flax", "matplotlib", "rich", "typer", "torch_compat"])
+def test_import_of_jaxmask_does_not_import(module: str) -> None:
+    code = f"import sys, jaxmask.hf.modeling_attn_mask_utils; sys.exit({module!r} in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_readme_sessions_give_what_they_show() -> None:
+    session = "\n".join(re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL))
+    test = doctest.DocTestParser().get_doctest(session, {}, "README", "README.md", 0)
+    assert len(test.examples) > 10
+    assert doctest.DocTestRunner().run(test).failed == 0
+
+
+def test_readme_shows_commands() -> None:
+    assert len(COMMANDS) >= 1
+
+
+@pytest.mark.parametrize(("command", "shown"), COMMANDS)
+def test_readme_command_prints_what_is_shown(command: str, shown: str) -> None:
+    name, *arguments = [part.strip('"') for part in re.findall(r'"[^"]*"|\S+', command)]
+    program = Path(sys.executable).parent / name
+    printed = subprocess.run([program, *arguments], capture_output=True, text=True, check=True).stdout
+    assert [line.rstrip() for line in printed.splitlines()] == [line.rstrip() for line in shown.splitlines()]
+
+
+def test_verify_says_what_to_install_where_torch_is_missing(tmp_path: Path) -> None:
+    # A module that cannot be imported, found before the real one, is a machine without torch.
+    (tmp_path / "torch.py").write_text("raise ModuleNotFoundError('No module named torch', name='torch')")
+    code = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); from jaxmask.cli import main; main()"
+    result = subprocess.run([sys.executable, "-c", code, "verify"], capture_output=True, text=True, check=False)
+    assert result.returncode == 2
+    assert 'pip install "jaxmask[torch,cli]"' in result.stderr
+    assert "Traceback" not in result.stderr
