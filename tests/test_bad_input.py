@@ -396,6 +396,13 @@ TABLE = [
     bad(
         "make-shape-int", lambda: lib.make_causal_mask(3), VALUE, "input_ids_shape", "got 3", r"\(batch, query_length\)"
     ),
+    bad(
+        "prepare-4d-float64",
+        lambda: lib.prepare_4d_causal_attention_mask(np.ones((1, 1, 2, 2)), (1, 2), jnp.zeros((1, 2, 8)), 0),
+        VALUE,
+        "float64",
+        "jax_enable_x64",
+    ),
     bad("make-batch", lambda: lib.make_causal_mask((0, 3)), VALUE, r"input_ids_shape\[0\]", "got 0", "at least 1"),
     bad("make-past", lambda: lib.make_causal_mask((1, 3), -1), VALUE, "past_key_values_length", "got -1", "at least 0"),
     bad("make-window", lambda: lib.make_causal_mask((1, 3), 0, 0), VALUE, "sliding_window", "got 0", "at least 1"),
