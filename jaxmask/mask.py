@@ -586,10 +586,10 @@ def _dense(mask: Mask, query_length: int, key_length: int, offset: Offset) -> Bo
     shape = (first.shape[0] if batch == 1 else batch, heads, query_length, key_length)
     b, h, q, kv = (_indices(size, axis) for axis, size in enumerate(shape))
     allowed = mask.allows(b, h, q + first, kv)
-    ranks = {jnp.ndim(leaf) for leaf in (*jax.tree.leaves(mask), offset)}
-    if ranks <= {0}:
+    # An array tells the size of the batch, be it 1. Of heads, 1 tells nothing: arrays have it to fit any number.
+    if all(jnp.ndim(array) == 0 for array in (*jax.tree.leaves(mask), offset)):
         _check_ignores("batch", lambda two: mask.allows(two, h, q + first, kv), mask)
-    if 4 not in ranks and heads == 1:
+    if heads == 1:
         _check_ignores("heads", lambda two: mask.allows(b, two, q + first, kv), mask)
     return jnp.broadcast_to(allowed, shape)
 
