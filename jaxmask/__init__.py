@@ -20,19 +20,39 @@ from jaxmask.converter import (
     prepare_4d_causal_attention_mask,
     prepare_4d_causal_attention_mask_for_sdpa,
 )
-from jaxmask.mask import Causal, Dense, Empty, Full, Mask, Padding, Predicate, Prefix, SlidingWindow, Window
+from jaxmask.leaves import (
+    Causal,
+    Chunked,
+    Dense,
+    Padding,
+    PerHead,
+    Predicate,
+    Prefix,
+    Segments,
+    SlidingWindow,
+    Window,
+)
+from jaxmask.mask import Empty, Full, Mask
+from jaxmask.tiles import EMPTY, FULL, PARTIAL, TileMap
 
 __all__ = [
+    "EMPTY",
+    "FULL",
+    "PARTIAL",
     "AttentionMaskConverter",
     "Causal",
+    "Chunked",
     "Dense",
     "Empty",
     "Full",
     "Mask",
     "Padding",
+    "PerHead",
     "Predicate",
     "Prefix",
+    "Segments",
     "SlidingWindow",
+    "TileMap",
     "Window",
     "create_4d_causal_attention_mask",
     "expand_mask",

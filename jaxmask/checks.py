@@ -1,7 +1,7 @@
 """What input is acceptable, and how to say no: every refusal names the argument, what came, what was expected.
 
-Only shapes, dtypes and Python values are looked at, never the contents of an array, so each of these answers at trace
-time and costs nothing in the compiled program.
+Only shapes, dtypes and static values are looked at, never the contents of a JAX array, so each of these answers at
+trace time and costs nothing in the compiled program.
 """
 
 import operator
@@ -30,6 +30,20 @@ def integer(name: str, value: object, minimum: int) -> int:
     if not minimum <= number <= INT32_MAX:
         raise ValueError(f"{name} must be at least {minimum} and fit an int32, got {number}")
     return number
+
+
+def scalar(name: str, value: Any, minimum: int, ranks: tuple[int, ...] = (0,)) -> None:
+    """Refuse what is neither a Python int of at least ``minimum`` nor an array of integers of one of ``ranks``."""
+    if is_array(value):
+        fits_int32(name, array(name, value, "i", *ranks))
+    else:
+        integer(name, value, minimum)
+
+
+def fits_int32(name: str, value: Any) -> None:
+    """Refuse a NumPy array that JAX, without 64-bit mode, would cut in half."""
+    if isinstance(value, np.ndarray) and value.size and not -INT32_MAX <= value.min() <= value.max() <= INT32_MAX:
+        raise ValueError(f"{name} must fit an int32, got {describe(value)} from {value.min()} to {value.max()}")
 
 
 def length(name: str, value: Length) -> Length:

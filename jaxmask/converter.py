@@ -18,7 +18,8 @@ import numpy as np
 from jaxtyping import Array, DTypeLike, Float, Int, Shaped
 
 from jaxmask import bias, checks
-from jaxmask.mask import Causal, Mask, Offset, Padding, SlidingWindow
+from jaxmask.leaves import Causal, Padding, SlidingWindow
+from jaxmask.mask import Mask, Offset
 
 # A 0/1 mask: bool, integer or float; JAX or NumPy.
 Mask2D = Shaped[Array | np.ndarray, "batch kv"]

@@ -1,29 +1,29 @@
 """Masks as descriptions: which (batch, head, query position, key position) may attend.
 
 A mask holds a few integers and, at most, the arrays that its user brought. It is written out only when it is read, by
-:meth:`Mask.dense` or :meth:`Mask.bias`. What a leaf means is said in one place, its ``allows``; all else follows.
+:meth:`Mask.dense` or :meth:`Mask.bias`, and :meth:`Mask.tiles` says where it is empty or full without writing it out.
+Here is what a mask is, how masks combine and how they are read; the vocabulary is in :mod:`jaxmask.leaves`.
 """
 
 import operator
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
 from functools import partial, reduce
-from typing import Any, ClassVar, Literal, NoReturn, Self, dataclass_transform
+from typing import Any, ClassVar, NoReturn, Self, dataclass_transform
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from jaxtyping import Array, Bool, DTypeLike, Float, Int
 
 from jaxmask import bias, checks
+from jaxmask.indices import Allowed, Index, iota, lookup
+from jaxmask.tiles import Bounds, Span, TileMap, from_bounds
 
-# An index array, or an integer, that broadcasts against the others.
-Index = Int[Array | np.ndarray, "..."] | int
-Allowed = Bool[Array | np.ndarray, "..."] | bool
 # A Python int is static structure; an array in its place is traced.
 Scalar = int | Int[Array, ""]
 Offset = int | Int[Array, ""] | Int[Array, "batch"]
+KeyPositions = Int[Array, "kv"] | Int[Array, "batch kv"]
 
 
 @dataclass_transform(eq_default=False, frozen_default=True)
@@ -39,7 +39,8 @@ class Mask:
             def allows(self, b, h, q, kv):
                 return kv == q
 
-    It overrides ``shape`` and ``check_lengths`` only where it holds arrays, or does not look at ``q``.
+    It overrides ``tile_bounds`` to say which tiles are empty or full; ``shape``, ``check_lengths`` and ``at_keys`` only
+    where it holds arrays, or does not look at ``q``.
     """
 
     @property
@@ -68,13 +69,42 @@ class Mask:
         Returns:
             bool, in a shape that broadcasts to that of the arguments together.
 
+        >>> from jaxmask import Causal
         >>> Causal().allows(0, 0, q=jnp.arange(3), kv=1)
         Array([False,  True,  True], dtype=bool)
         """
         raise NotImplementedError(f"{type(self).__name__} must say what it allows(b, h, q, kv)")
 
+    def tile_bounds(self, b: Index, h: Index, q: Span, kv: Span) -> Bounds:
+        """Whether some pair of each tile may attend, and whether every pair does: ``allows`` in three-valued logic.
+
+        It may err to one side: ``some`` where no pair does, not ``every`` where every pair does. Unless a mask knows
+        better, it knows nothing of any tile.
+
+        Args:
+            b, h: as in :meth:`allows`.
+            q, kv: positions cut into tiles, with their ``min`` and ``max``: int32 ``[batch|1, 1, q_tiles, 1]`` and
+                ``[batch|1, 1, 1, kv_tiles]``.
+
+        Returns:
+            Two bools, or bool arrays that broadcast to ``[batch, heads, q_tiles, kv_tiles]``.
+        """
+        return True, False
+
+    def at_keys(self, key_positions: KeyPositions) -> "Mask":
+        """This mask with ``kv`` as the index of a key whose position ``key_positions`` gives.
+
+        A mask whose arrays have an element for each key is read by that index already, and returns itself.
+        """
+        return _AtKeys(self, key_positions)
+
     def dense(
-        self, query_length: int, key_length: int, *, offset: Offset | None = None
+        self,
+        query_length: int,
+        key_length: int,
+        *,
+        offset: Offset | None = None,
+        key_positions: KeyPositions | None = None,
     ) -> Bool[Array, "batch heads query_length key_length"]:
         """The mask written out, ``True`` where a query may attend to a key.
 
@@ -84,6 +114,10 @@ class Mask:
             offset: position of the first query, which is the number of keys already cached: an int, or a traced int32
                 of shape ``[]`` or ``[batch]``. Needed only where the lengths differ and the mask depends on positions.
                 Another offset never recompiles.
+            key_positions: the position of each key, int32 ``[kv]`` or ``[batch, kv]``, where it is not its index: in a
+                ring buffer, or in a part of the keys. It needs an offset. A negative position is an empty slot, to
+                which no query attends. Arrays in the mask that have an element for each key (of ``Padding``, ``Dense``
+                and the ``key_ids`` of ``Segments``) are in the order of the keys, not of their positions.
 
         Returns:
             bool ``[batch|1, heads|1, query_length, key_length]``. Read inside a ``jit``, XLA may compute it where it is
@@ -95,11 +129,15 @@ class Mask:
                 not match an array in the mask.
             TypeError: a length is not a Python int, or the offset no integer.
 
+        >>> from jaxmask import Causal, SlidingWindow
         >>> Causal().dense(2, 3, offset=1)
         Array([[[[ True,  True, False],
                  [ True,  True,  True]]]], dtype=bool)
+        >>> ring = jnp.array([4, 5, 2, 3])  # four slots; the oldest two of six keys are gone
+        >>> SlidingWindow(3).dense(1, 4, offset=5, key_positions=ring)
+        Array([[[[ True,  True, False,  True]]]], dtype=bool)
         """
-        return _dense(self, *_checked_lengths(self, query_length, key_length, offset))
+        return _dense(*_checked(self, query_length, key_length, offset, key_positions))
 
     def bias(
         self,
@@ -108,11 +146,12 @@ class Mask:
         dtype: DTypeLike = jnp.float32,
         *,
         offset: Offset | None = None,
+        key_positions: KeyPositions | None = None,
     ) -> Float[Array, "batch heads query_length key_length"]:
         """The mask as what is added to attention scores: ``0`` where a query may attend, else ``finfo(dtype).min``.
 
         Args:
-            query_length, key_length, offset: as in :meth:`dense`.
+            query_length, key_length, offset, key_positions: as in :meth:`dense`.
             dtype: the floating dtype of the scores, static.
 
         Returns:
@@ -121,12 +160,55 @@ class Mask:
         Raises:
             ValueError, TypeError: as :meth:`dense`; a dtype that is not floating, or float64 without 64-bit mode.
 
+        >>> from jaxmask import SlidingWindow
         >>> SlidingWindow(1).bias(2, 2, jnp.float16)
         Array([[[[ 0.00e+00, -6.55e+04],
                  [-6.55e+04,  0.00e+00]]]], dtype=float16)
         """
-        lengths = _checked_lengths(self, query_length, key_length, offset)
-        return _bias(self, *lengths, checks.float_dtype(dtype))
+        read = _checked(self, query_length, key_length, offset, key_positions)
+        return _bias(*read, checks.float_dtype(dtype))
+
+    def tiles(
+        self,
+        query_length: int,
+        key_length: int,
+        *,
+        block: int | tuple[int, int] = (128, 128),
+        offset: Offset | None = None,
+        key_positions: KeyPositions | None = None,
+    ) -> TileMap:
+        """Which tiles of the mask are empty, full, or neither, without writing it out.
+
+        The leaves bound themselves on the range of positions of a tile, and ``&``, ``|``, ``~`` combine what is known
+        by Kleene's three-valued logic: it takes time and memory for the tiles, never for the pairs. It is sound: an
+        EMPTY tile has no pair that may attend, a FULL one no other. PARTIAL is everything else: tiles that are neither,
+        and those of which nothing is known. Single positional leaves (``Causal``, the windows, ``Chunked``, ``Prefix``)
+        are exact, and so are ``Causal`` with a window or chunks, and with ``Segments`` of consecutive ids; where
+        ``Padding`` meets the diagonal, one tile in a row may be PARTIAL though it is empty.
+
+        Args:
+            query_length, key_length, offset, key_positions: as in :meth:`dense`.
+            block: number of queries and keys in a tile, or one number for both; static.
+
+        Returns:
+            The states, computed by NumPy at trace time where nothing of the mask is a JAX array, else in the program.
+
+        Raises:
+            ValueError, TypeError: as :meth:`dense`; a block that is not positive.
+
+        >>> from jaxmask import SlidingWindow
+        >>> print(SlidingWindow(8).tiles(16, 16, block=4).states[0, 0])
+        [[1 0 0 0]
+         [2 1 0 0]
+         [1 2 1 0]
+         [0 1 2 1]]
+        """
+        queries, keys = block if isinstance(block, tuple) and len(block) == 2 else (block, block)
+        block = checks.integer("block", queries, minimum=1), checks.integer("block", keys, minimum=1)
+        mask, query_length, key_length, first = _checked(self, query_length, key_length, offset, key_positions)
+        static = not any(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves((mask, first)))
+        states = (_states if static else _traced_states)(mask, query_length, key_length, first, block)
+        return TileMap(states, mask, first, query_length, key_length, block)
 
     def __and__(self, other: "Mask") -> "Mask":
         return And.of(self, other)
@@ -158,8 +240,15 @@ class Mask:
         return hash(jax.tree.structure(self))
 
     def __repr__(self) -> str:
-        arguments = [getattr(self, field.name) for field in fields(self)]  # pyright: ignore[reportArgumentType]
-        return f"{type(self).__name__}({', '.join(map(checks.describe, arguments))})"
+        arguments = [(getattr(self, field.name), field.default) for field in fields(self)]  # pyright: ignore[reportArgumentType]
+        while arguments and arguments[-1][0] is arguments[-1][1]:
+            arguments.pop()
+        return f"{type(self).__name__}({', '.join(checks.describe(value) for value, _ in arguments)})"
+
+    def _repr_html_(self) -> str:
+        from jaxmask import draw
+
+        return draw.html(self)
 
     def __init_subclass__(cls) -> None:
         dataclass(frozen=True, eq=False, repr=False)(cls)
@@ -199,6 +288,7 @@ class Mask:
 class Full(Mask):
     """Every pair may attend: the neutral element of ``&``.
 
+    >>> from jaxmask import Causal
     >>> Full() & Causal()
     Causal()
     """
@@ -206,8 +296,14 @@ class Full(Mask):
     def check_lengths(self, query_length: int, key_length: int, offset: Offset | None) -> None:
         pass  # no position of a query is looked at
 
+    def at_keys(self, key_positions: KeyPositions) -> Mask:
+        return self
+
     def allows(self, b: Index, h: Index, q: Index, kv: Index) -> Allowed:
         return True
+
+    def tile_bounds(self, b: Index, h: Index, q: Span, kv: Span) -> Bounds:
+        return True, True
 
     def __invert__(self) -> Mask:
         return Empty()
@@ -219,266 +315,17 @@ class Empty(Mask):
     def check_lengths(self, query_length: int, key_length: int, offset: Offset | None) -> None:
         pass  # no position of a query is looked at
 
+    def at_keys(self, key_positions: KeyPositions) -> Mask:
+        return self
+
     def allows(self, b: Index, h: Index, q: Index, kv: Index) -> Allowed:
         return False
 
+    def tile_bounds(self, b: Index, h: Index, q: Span, kv: Span) -> Bounds:
+        return False, False
+
     def __invert__(self) -> Mask:
         return Full()
-
-
-class Causal(Mask):
-    """A query attends to the keys up to its own position: ``kv <= q``.
-
-    Source: ``causal_mask_function`` in Transformers' ``masking_utils``.
-
-    >>> Causal().dense(2, 2)
-    Array([[[[ True, False],
-             [ True,  True]]]], dtype=bool)
-    """
-
-    def allows(self, b: Index, h: Index, q: Index, kv: Index) -> Allowed:
-        return kv <= q
-
-
-class SlidingWindow(Mask):
-    """A query attends to the last ``size`` keys, its own included: ``q - size < kv <= q``.
-
-    Source: ``sliding_window_causal_mask_function`` in Transformers' ``masking_utils``, and Mistral
-    (https://arxiv.org/abs/2310.06825). The older ``AttentionMaskConverter(True, sliding_window)`` lets one key more
-    through: ``SlidingWindow(sliding_window + 1)``.
-
-    Args:
-        size: number of keys, at least 1; an int, or a traced scalar, for which ``key_length`` means "no window".
-
-    Raises:
-        ValueError: ``size`` is less than 1.
-
-    >>> SlidingWindow(2).dense(3, 3)
-    Array([[[[ True, False, False],
-             [ True,  True, False],
-             [False,  True,  True]]]], dtype=bool)
-    """
-
-    size: Scalar
-
-    def __post_init__(self) -> None:
-        _check_scalar("size", self.size, minimum=1)
-
-    def allows(self, b: Index, h: Index, q: Index, kv: Index) -> Allowed:
-        return (kv <= q) & (q - kv < self.size)
-
-
-class Window(Mask):
-    """A query attends to ``left`` keys before its position, itself, and ``right`` keys after.
-
-    That is ``q - left <= kv <= q + right``; ``None`` is unbounded. Source: ``local_window_size`` of
-    ``jax.nn.dot_product_attention``, ``window_size`` of FlashAttention (whose ``-1`` is ``None`` here).
-
-    Args:
-        left, right: number of keys, at least 0; an int, a traced scalar, or ``None``.
-
-    Raises:
-        ValueError: ``left`` or ``right`` is negative.
-
-    >>> Window(0, 1).dense(3, 3)
-    Array([[[[ True,  True, False],
-             [False,  True,  True],
-             [False, False,  True]]]], dtype=bool)
-    """
-
-    left: Scalar | None
-    right: Scalar | None
-
-    def __post_init__(self) -> None:
-        for name in ("left", "right"):
-            if getattr(self, name) is not None:
-                _check_scalar(name, getattr(self, name), minimum=0)
-
-    def allows(self, b: Index, h: Index, q: Index, kv: Index) -> Allowed:
-        # Differences, and not `q + right`, which could overflow.
-        near_left = True if self.left is None else q - kv <= self.left
-        near_right = True if self.right is None else kv - q <= self.right
-        return near_left & near_right
-
-
-class Prefix(Mask):
-    """Every query attends to the first ``length`` keys: ``kv < length``.
-
-    With ``|`` it opens a prefix to a causal mask: a prefix language model (https://arxiv.org/abs/1910.10683), the
-    prompts of p-tuning v2 (https://arxiv.org/abs/2110.07602), attention sinks (https://arxiv.org/abs/2309.17453).
-
-    Args:
-        length: number of keys, at least 0; an int, or a traced int32 ``[]`` or ``[batch]``.
-
-    Raises:
-        ValueError: ``length`` is negative.
-
-    >>> (Causal() | Prefix(2)).dense(3, 3)
-    Array([[[[ True,  True, False],
-             [ True,  True, False],
-             [ True,  True,  True]]]], dtype=bool)
-    """
-
-    length: Scalar | Int[Array, "batch"]
-
-    def __post_init__(self) -> None:
-        _check_scalar("length", self.length, minimum=0, ranks=(0, 1))
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        return (np.shape(self.length) or (1,))[0], 1, 1
-
-    def check_lengths(self, query_length: int, key_length: int, offset: Offset | None) -> None:
-        pass  # no position of a query is looked at
-
-    def allows(self, b: Index, h: Index, q: Index, kv: Index) -> Allowed:
-        return kv < (_lookup(self.length, b=b) if np.ndim(self.length) else self.length)
-
-
-class Padding(Mask):
-    """A query attends to the keys that are valid: ``valid[b, kv]``.
-
-    Source: ``padding_mask_function`` in Transformers' ``masking_utils``.
-
-    Args:
-        valid: bool or integer ``[batch, kv]``; true, or not zero, where there is a token and no padding.
-
-    Raises:
-        TypeError: ``valid`` is no array of bools or integers (an additive bias, a torch tensor).
-        ValueError: ``valid`` has another rank.
-
-    >>> Padding(jnp.array([[0, 1, 1]])).dense(1, 3)
-    Array([[[[False,  True,  True]]]], dtype=bool)
-    """
-
-    valid: Bool[Array | np.ndarray, "batch kv"] | Int[Array | np.ndarray, "batch kv"]
-
-    def __post_init__(self) -> None:
-        hint = "; make it bool by `valid != 0` from a 0/1 mask, or by `valid == 0` from an additive bias"
-        checks.array("valid", self.valid, "bi", 2, hint=hint)
-        if isinstance(self.valid, np.ndarray):
-            # Before JAX, without 64-bit mode, cuts an int64 in half.
-            object.__setattr__(self, "valid", self.valid != 0)
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        return self.valid.shape[0], 1, self.valid.shape[1]
-
-    def check_lengths(self, query_length: int, key_length: int, offset: Offset | None) -> None:
-        if self.valid.shape[1] != key_length:
-            raise ValueError(
-                f"key_length is {key_length}, but valid of Padding describes {self.valid.shape[1]} keys "
-                f"({checks.describe(self.valid)}): it must cover every key, the cached ones included"
-            )
-
-    def allows(self, b: Index, h: Index, q: Index, kv: Index) -> Allowed:
-        return _lookup(self.valid, b=b, kv=kv) != 0
-
-
-class Dense(Mask):
-    """The pairs that are given: ``allowed[b, h, q - offset, kv]``.
-
-    Rows that are not given may not attend.
-
-    Args:
-        allowed: bool, ``[q, kv]`` or ``[batch, heads, q, kv]``, where a size of 1 serves every index.
-        offset: position of the first row given, for an array that describes just the queries at hand and is combined
-            with masks that know absolute positions; an int, or a traced scalar.
-
-    Raises:
-        TypeError: ``allowed`` is not bool.
-        ValueError: ``allowed`` has another rank; a rank of 3 could mean batch or heads, and is not guessed.
-
-    >>> (Causal() & Dense(jnp.array([[True, False, True]]))).dense(1, 3, offset=2)
-    Array([[[[ True, False,  True]]]], dtype=bool)
-    """
-
-    allowed: Bool[Array | np.ndarray, "q kv"] | Bool[Array | np.ndarray, "batch heads q kv"]
-    offset: Scalar = 0
-
-    def __post_init__(self) -> None:
-        hint = "; make it bool by `allowed != 0` from a 0/1 mask, or by `allowed == 0` from an additive bias"
-        checks.array("allowed", self.allowed, "b", 2, 4, hint=hint)
-        _check_scalar("offset", self.offset, minimum=-checks.INT32_MAX)
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        batch, heads, _, kv = _as_4d(self.allowed).shape
-        return batch, heads, kv
-
-    def check_lengths(self, query_length: int, key_length: int, offset: Offset | None) -> None:
-        *_, rows, kv = self.allowed.shape
-        if kv not in (1, key_length):
-            raise ValueError(
-                f"key_length is {key_length}, but allowed of Dense has {kv} keys ({checks.describe(self.allowed)})"
-            )
-        if rows == 1 or checks.is_array(offset) or checks.is_array(self.offset):
-            return
-        start = 0 if offset is None else offset
-        if not 0 <= start - self.offset <= rows - query_length or (offset is None and rows != query_length):
-            raise ValueError(
-                f"allowed of Dense has {rows} rows, for the queries at {self.offset} to {self.offset + rows - 1}, but "
-                f"{query_length} queries from {start} on were asked for: where the rows are just these queries, say "
-                "Dense(allowed, offset=<position of the first>)"
-            )
-
-    def allows(self, b: Index, h: Index, q: Index, kv: Index) -> Allowed:
-        allowed = _as_4d(self.allowed)
-        rows = allowed.shape[2]
-        row = q - self.offset
-        given = True if rows == 1 else (row >= 0) & (row < rows)
-        return given & _lookup(allowed, b=b, h=h, q=row, kv=kv)
-
-
-class Predicate(Mask):
-    """The pairs for which a function returns true: ``fn(b, h, q, kv)``.
-
-    The ``mask_mod`` of PyTorch's FlexAttention.
-
-    Args:
-        fn: takes four int32 arrays that broadcast against each other (batch, head, query position, key position), and
-            returns a bool array that broadcasts with them. It is part of the mask's static structure, compared by
-            identity: define it once, for another function is another compilation.
-        batch, heads: the sizes of the axes that ``fn`` looks at, where no mask beside it has them; static.
-
-    Raises:
-        TypeError: ``fn`` is not callable or, when the mask is read, does not return bool.
-        ValueError: when the mask is read, ``fn`` returns a shape that does not broadcast to its arguments.
-
-    >>> def strided(b, h, q, kv):
-    ...     return kv % 2 == 0
-    >>> (Causal() & Predicate(strided)).dense(1, 4, offset=3)
-    Array([[[[ True, False,  True, False]]]], dtype=bool)
-    """
-
-    fn: Callable[[Any, Any, Any, Any], Any]
-    batch: int | None = None
-    heads: int | None = None
-
-    def __post_init__(self) -> None:
-        if not callable(self.fn):
-            raise TypeError(f"fn must be a function of (b, h, q, kv), got {checks.describe(self.fn)}")
-        for name in ("batch", "heads"):
-            if getattr(self, name) is not None:
-                checks.length(name, getattr(self, name))
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        return self.batch or 1, self.heads or 1, 1
-
-    def allows(self, b: Index, h: Index, q: Index, kv: Index) -> Allowed:
-        # A size of 1 serves every index, as in broadcasting.
-        b, h = 0 if self.batch == 1 else b, 0 if self.heads == 1 else h
-        allowed = jnp.asarray(self.fn(*map(jnp.asarray, (b, h, q, kv))))
-        if allowed.dtype != jnp.bool_:
-            raise TypeError(f"fn of Predicate must return bool, got {checks.describe(allowed)} from {self.fn!r}")
-        shape = jnp.broadcast_shapes(*map(jnp.shape, (b, h, q, kv)))
-        if not checks.broadcasts_to(allowed.shape, shape):
-            raise ValueError(
-                f"fn of Predicate must return a shape that broadcasts to {list(shape)}, got {checks.describe(allowed)} "
-                f"from {self.fn!r}"
-            )
-        return allowed
 
 
 class _Combination(Mask):
@@ -491,13 +338,7 @@ class _Combination(Mask):
     absorbing: ClassVar[type[Mask]]
 
     def __post_init__(self) -> None:
-        shapes = [part.shape for part in self.masks]
-        for name, *sizes in zip(("batch", "heads", "kv"), *shapes, strict=True):
-            if len(set(sizes) - {1}) > 1:
-                found = ", ".join(
-                    f"{size} in {part!r}" for size, part in zip(sizes, self.masks, strict=True) if size != 1
-                )
-                raise ValueError(f"masks joined by {self.symbol} must agree on the size of {name}, got {found}")
+        common_shape(self.masks, f"masks joined by {self.symbol}")
 
     @classmethod
     def of(cls, left: Mask, right: object) -> Mask:
@@ -512,14 +353,14 @@ class _Combination(Mask):
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        # Sizes agree or are 1: the last of the others is as good as any.
-        shapes = zip(*(part.shape for part in self.masks), strict=True)
-        batch, heads, kv = ([1, *(size for size in sizes if size != 1)][-1] for sizes in shapes)
-        return batch, heads, kv
+        return common_shape(self.masks, f"masks joined by {self.symbol}")
 
     def check_lengths(self, query_length: int, key_length: int, offset: Offset | None) -> None:
         for part in self.masks:
             part.check_lengths(query_length, key_length, offset)
+
+    def at_keys(self, key_positions: KeyPositions) -> Mask:
+        return type(self)(tuple(part.at_keys(key_positions) for part in self.masks))
 
     def __repr__(self) -> str:
         # `&` binds tighter than `|`, so that an Or inside an And is what needs parentheses.
@@ -535,6 +376,10 @@ class And(_Combination):
     def allows(self, b: Index, h: Index, q: Index, kv: Index) -> Allowed:
         return reduce(operator.and_, (part.allows(b, h, q, kv) for part in self.masks))
 
+    def tile_bounds(self, b: Index, h: Index, q: Span, kv: Span) -> Bounds:
+        some, every = zip(*(part.tile_bounds(b, h, q, kv) for part in self.masks), strict=True)
+        return reduce(operator.and_, some), reduce(operator.and_, every)
+
 
 class Or(_Combination):
     """The pairs that one of the masks allows; written ``a | b``."""
@@ -543,6 +388,10 @@ class Or(_Combination):
 
     def allows(self, b: Index, h: Index, q: Index, kv: Index) -> Allowed:
         return reduce(operator.or_, (part.allows(b, h, q, kv) for part in self.masks))
+
+    def tile_bounds(self, b: Index, h: Index, q: Span, kv: Span) -> Bounds:
+        some, every = zip(*(part.tile_bounds(b, h, q, kv) for part in self.masks), strict=True)
+        return reduce(operator.or_, some), reduce(operator.or_, every)
 
 
 class Not(Mask):
@@ -558,7 +407,14 @@ class Not(Mask):
         self.mask.check_lengths(query_length, key_length, offset)
 
     def allows(self, b: Index, h: Index, q: Index, kv: Index) -> Allowed:
-        return jnp.logical_not(self.mask.allows(b, h, q, kv))
+        return _not(self.mask.allows(b, h, q, kv))
+
+    def tile_bounds(self, b: Index, h: Index, q: Span, kv: Span) -> Bounds:
+        some, every = self.mask.tile_bounds(b, h, q, kv)
+        return _not(every), _not(some)
+
+    def at_keys(self, key_positions: KeyPositions) -> Mask:
+        return Not(self.mask.at_keys(key_positions))
 
     def __invert__(self) -> Mask:
         return self.mask
@@ -567,50 +423,93 @@ class Not(Mask):
         return f"~({self.mask!r})" if isinstance(self.mask, _Combination) else f"~{self.mask!r}"
 
 
-def _checked_lengths(mask: Mask, query_length: int, key_length: int, offset: Offset | None) -> tuple[int, int, Offset]:
+class _AtKeys(Mask):
+    """A mask of positions, for keys whose positions are given: ``kv`` is the index of a key."""
+
+    mask: Mask
+    key_positions: KeyPositions
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        batch, heads, _ = self.mask.shape
+        (positions,) = _as_rows(self.key_positions).shape[:1]
+        if positions != 1 and batch not in (1, positions):
+            raise ValueError(f"key_positions is for a batch of {positions}, but {self.mask!r} for one of {batch}")
+        return positions if batch == 1 else batch, heads, self.key_positions.shape[-1]
+
+    def check_lengths(self, query_length: int, key_length: int, offset: Offset | None) -> None:
+        pass  # positions are given, and any will do
+
+    def allows(self, b: Index, h: Index, q: Index, kv: Index) -> Allowed:
+        return self.mask.allows(b, h, q, lookup(_as_rows(self.key_positions), b=b, kv=kv))
+
+    def tile_bounds(self, b: Index, h: Index, q: Span, kv: Span) -> Bounds:
+        positions = lookup(_as_rows(self.key_positions), b=b, kv=kv.positions)
+        return self.mask.tile_bounds(b, h, q, Span(positions, kv.axis, kv.size))
+
+    def at_keys(self, key_positions: KeyPositions) -> Mask:
+        return self
+
+
+class _Occupied(Mask):
+    """The keys that are there: an empty slot has a negative position."""
+
+    def allows(self, b: Index, h: Index, q: Index, kv: Index) -> Allowed:
+        return kv >= 0
+
+    def tile_bounds(self, b: Index, h: Index, q: Span, kv: Span) -> Bounds:
+        return kv.max >= 0, kv.min >= 0
+
+
+def common_shape(masks: Sequence[Mask], joined: str) -> tuple[int, int, int]:
+    """The sizes ``(batch, heads, kv)`` on which masks agree, where 1 fits any other.
+
+    Raises:
+        ValueError: they do not; ``joined`` says what they have to do with each other.
+    """
+    common: list[int] = []
+    for name, *sizes in zip(("batch", "heads", "kv"), *(mask.shape for mask in masks), strict=True):
+        known = [size for size in sizes if size != 1]
+        if len(set(known)) > 1:
+            found = ", ".join(f"{size} in {part!r}" for size, part in zip(sizes, masks, strict=True) if size != 1)
+            raise ValueError(f"{joined} must agree on the size of {name}, got {found}")
+        common.append([1, *known][-1])
+    batch, heads, kv = common
+    return batch, heads, kv
+
+
+def _checked(
+    mask: Mask, query_length: int, key_length: int, offset: Offset | None, key_positions: KeyPositions | None
+) -> tuple[Mask, int, int, Offset]:
+    """The mask to be read, of the indices of keys, at the lengths and from the position that are meant."""
     query_length = checks.length("query_length", query_length)
     key_length = checks.length("key_length", key_length)
     if offset is not None:
-        _check_scalar("offset", offset, minimum=-checks.INT32_MAX, ranks=(0, 1))
+        checks.scalar("offset", offset, minimum=-checks.INT32_MAX, ranks=(0, 1))
+    if key_positions is not None:
+        checks.fits_int32("key_positions", checks.array("key_positions", key_positions, "i", 1, 2))
+        if key_positions.shape[-1] != key_length:
+            raise ValueError(
+                f"key_positions must give the position of each of the {key_length} keys, got "
+                f"{checks.describe(key_positions)}"
+            )
+        if offset is None:
+            raise ValueError(
+                "offset is missing: key_positions says where the keys are, but not where the queries; say offset=<the "
+                "position of the first query>"
+            )
+        mask = mask.at_keys(key_positions) & _AtKeys(_Occupied(), key_positions)
     mask.check_lengths(query_length, key_length, offset)
-    return query_length, key_length, 0 if offset is None else offset
+    return mask, query_length, key_length, 0 if offset is None else offset
 
 
 # The offset is traced even where it is a Python int, so that decoding step by step compiles once.
 @partial(jax.jit, static_argnames=("query_length", "key_length"))
 def _dense(mask: Mask, query_length: int, key_length: int, offset: Offset) -> Bool[Array, "batch heads q kv"]:
-    batch, heads, _ = mask.shape
-    first = jnp.asarray(offset, jnp.int32).reshape(-1, 1, 1, 1)
-    if first.shape[0] != 1 and batch not in (1, first.shape[0]):
-        raise ValueError(f"offset is for a batch of {first.shape[0]}, but {mask!r} for one of {batch}")
-    shape = (first.shape[0] if batch == 1 else batch, heads, query_length, key_length)
-    b, h, q, kv = (_indices(size, axis) for axis, size in enumerate(shape))
-    allowed = mask.allows(b, h, q + first, kv)
-    # An array tells the size of the batch, be it 1. Of heads, 1 tells nothing: arrays have it to fit any number.
-    if all(jnp.ndim(array) == 0 for array in (*jax.tree.leaves(mask), offset)):
-        _check_ignores("batch", lambda two: mask.allows(two, h, q + first, kv), mask)
-    if heads == 1:
-        _check_ignores("heads", lambda two: mask.allows(b, two, q + first, kv), mask)
-    return jnp.broadcast_to(allowed, shape)
-
-
-def _indices(size: int, axis: int) -> Int[Array | np.ndarray, "..."]:
-    """``0, 1, …`` along one of the four axes; in NumPy, where its contents tell ``_lookup`` that these are all."""
-    shape = _along(axis, size)
-    if jax.export.is_symbolic_dim(size):
-        return lax.broadcasted_iota(jnp.int32, shape, axis)
-    return np.arange(size, dtype=np.int32).reshape(shape)
-
-
-def _check_ignores(name: Literal["batch", "heads"], allows: Callable[[Index], Allowed], mask: Mask) -> None:
-    """Refuse a mask that differs between examples, or heads, where nothing says how many of them there are."""
-    axis = ("batch", "heads").index(name)
-    allowed = jax.eval_shape(lambda: jnp.asarray(allows(_indices(2, axis))))
-    if allowed.ndim == 4 and allowed.shape[axis] == 2 and mask.shape[axis] == 1:
-        raise ValueError(
-            f"{mask!r} looks at its index of {name}, but nothing says how many there are: give the size, as by "
-            f"Predicate(fn, {name}=…), or combine it with a mask that has it"
-        )
+    (allowed,), batch, heads = _read(
+        mask, query_length, key_length, offset, lambda b, h, q, kv: (mask.allows(b, h, q, kv),)
+    )
+    return jnp.broadcast_to(allowed, (batch, heads, query_length, key_length))
 
 
 @partial(jax.jit, static_argnames=("query_length", "key_length", "dtype"))
@@ -620,58 +519,51 @@ def _bias(
     return bias.from_allowed(_dense(mask, query_length, key_length, offset), dtype)
 
 
-def _check_scalar(name: str, value: Any, minimum: int, ranks: tuple[int, ...] = (0,)) -> None:
-    if checks.is_array(value):
-        checks.array(name, value, "i", *ranks)
-        if isinstance(value, np.ndarray) and value.size and abs(value).max() > checks.INT32_MAX:
-            raise ValueError(f"{name} must fit an int32, got {value}")
-    else:
-        checks.integer(name, value, minimum)
+def _states(mask: Mask, query_length: int, key_length: int, offset: Offset, block: tuple[int, int]) -> Any:
+    def bounds(b: Index, h: Index, q: Any, kv: Any) -> Bounds:
+        return mask.tile_bounds(b, h, Span(q, 2, block[0]), Span(kv, 3, block[1]))
+
+    (some, every), batch, heads = _read(mask, query_length, key_length, offset, bounds)
+    return from_bounds(some, every, (batch, heads, -(-query_length // block[0]), -(-key_length // block[1])))
+
+
+_traced_states = jax.jit(_states, static_argnums=(1, 2, 4))
+
+
+def _read(
+    mask: Mask, query_length: int, key_length: int, offset: Offset, look: Callable[..., tuple[Allowed, ...]]
+) -> tuple[tuple[Allowed, ...], int, int]:
+    """What ``look(b, h, q, kv)`` finds for every pair, and the numbers of examples and of heads."""
+    batch, heads, _ = mask.shape
+    first = (jnp if isinstance(offset, jax.Array) else np).asarray(offset, np.int32).reshape(-1, 1, 1, 1)
+    if first.shape[0] != 1 and batch not in (1, first.shape[0]):
+        raise ValueError(f"offset is for a batch of {first.shape[0]}, but {mask!r} for one of {batch}")
+    batch = first.shape[0] if batch == 1 else batch
+    # An array tells the size of the batch, be it 1. Of heads, 1 tells nothing: arrays have it to fit any number. Where
+    # the number is unknown, two of them show whether it matters.
+    any_batch = all(np.ndim(array) == 0 for array in (*jax.tree.leaves(mask), offset)) and batch == 1
+    any_heads = heads == 1
+    q = iota(query_length, 2) + first
+    found = look(iota(2 if any_batch else batch, 0), iota(2 if any_heads else heads, 1), q, iota(key_length, 3))
+    for axis, name, unknown in ((0, "batch", any_batch), (1, "heads", any_heads)):
+        if unknown and any(np.ndim(part) == 4 and np.shape(part)[axis] == 2 for part in found):
+            raise ValueError(
+                f"{mask!r} looks at its index of {name}, but nothing says how many there are: give the size, as by "
+                f"Predicate(fn, {name}=…), or combine it with a mask that has it"
+            )
+    return found, batch, heads
+
+
+def _as_rows(array: Any) -> Any:
+    return array if array.ndim == 2 else array[None]
+
+
+def _not(truth: Allowed) -> Allowed:
+    return not truth if isinstance(truth, bool) else ~truth
 
 
 def _is_static(value: object) -> bool:
     return value is None or isinstance(value, int) or callable(value)
-
-
-def _as_4d(array: Any) -> Any:
-    return array[(None,) * (4 - array.ndim)]
-
-
-def _lookup(array: Any, **indices: Index) -> Array:
-    """``array[indices]``, where a size of 1 serves every index, as in broadcasting.
-
-    The indices are named for the axes of the array, a selection of ``b``, ``h``, ``q``, ``kv``. Those that run over a
-    whole axis make it a broadcast, and no gather: faster on a TPU, and without communication where the axis is sharded.
-    """
-    array = jnp.asarray(array)
-    axes = [("b", "h", "q", "kv").index(name) for name in indices]
-    sizes = dict(zip(axes, array.shape, strict=True))
-    spread = array.reshape([sizes.get(axis, 1) for axis in range(4)])
-    picked = [
-        (axis, index)
-        for axis, index in zip(axes, indices.values(), strict=True)
-        if sizes[axis] != 1 and not _is_whole(index, axis, sizes[axis])
-    ]
-    if not picked:
-        return spread
-    if len(picked) == 1 and np.shape(picked[0][1]) == _along(picked[0][0], np.size(picked[0][1])):
-        axis, index = picked[0]
-        return jnp.take(spread, jnp.ravel(index), axis, mode="clip")
-    found = tuple(0 if size == 1 else index for size, index in zip(array.shape, indices.values(), strict=True))
-    return array.at[found].get(mode="clip")
-
-
-def _along(axis: int, size: int) -> tuple[int, ...]:
-    return tuple(size if i == axis else 1 for i in range(4))
-
-
-def _is_whole(index: Index, axis: int, size: int) -> bool:
-    """Whether an index is known, now, to be ``0, 1, …, size - 1`` along its own axis."""
-    return (
-        isinstance(index, np.ndarray)
-        and index.shape == _along(axis, size)
-        and np.array_equal(index.reshape(-1), np.arange(size))
-    )
 
 
 def _refuse_operand(value: object) -> NoReturn:

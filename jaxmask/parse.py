@@ -3,11 +3,23 @@
 import ast
 import re
 import unicodedata
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from difflib import get_close_matches
 
 from jaxmask import checks
-from jaxmask.mask import Causal, Dense, Empty, Full, Mask, Padding, Predicate, Prefix, SlidingWindow, Window
+from jaxmask.leaves import (
+    Causal,
+    Chunked,
+    Dense,
+    Padding,
+    PerHead,
+    Predicate,
+    Prefix,
+    Segments,
+    SlidingWindow,
+    Window,
+)
+from jaxmask.mask import Empty, Full, Mask
 
 _LEAVES: dict[str, type[Mask]] = {
     "full": Full,
@@ -15,10 +27,14 @@ _LEAVES: dict[str, type[Mask]] = {
     "causal": Causal,
     "sliding_window": SlidingWindow,
     "window": Window,
+    "chunked": Chunked,
     "prefix": Prefix,
+    "per_head": PerHead,
 }
 _BY_NAME = _LEAVES | {leaf.__name__: leaf for leaf in _LEAVES.values()}
-_NEEDS_PYTHON = {name for leaf in (Padding, Dense, Predicate) for name in (leaf.__name__, leaf.__name__.lower())}
+_NEEDS_PYTHON = {
+    name for leaf in (Padding, Segments, Dense, Predicate) for name in (leaf.__name__, leaf.__name__.lower())
+}
 
 # What an error shows of a text that is too long for one line of a terminal.
 _BEFORE, _AFTER = 50, 25
@@ -35,9 +51,10 @@ def parse_mask(text: str) -> Mask:
     anywhere.
 
     Args:
-        text: ``full``, ``empty``, ``causal``, ``sliding_window(size)``, ``window(left, right)``, ``prefix(length)``, or
-            the names of their classes, combined by ``&``, ``|``, ``~`` and parentheses. Arguments are integers, and
-            ``None`` for an unbounded side of a window.
+        text: ``full``, ``empty``, ``causal``, ``sliding_window(size)``, ``window(left, right)``, ``chunked(size)``,
+            ``chunked(size, start)``, ``prefix(length)``, ``per_head(mask, mask, …)``, or the names of their classes,
+            combined by ``&``, ``|``, ``~`` and parentheses. Arguments are integers, and ``None`` for an unbounded side
+            of a window.
 
     Raises:
         MaskSyntaxError: the text is anything else, or a mask refuses its arguments.
@@ -107,12 +124,18 @@ class _Reader:
             hint = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(_LEAVES)}"
             raise self.error(column, f"unknown mask {name!r}; {hint}")
         leaf = _BY_NAME[name]
-        values = [self.argument(argument) for argument in arguments]
-        expected = [field.name for field in fields(leaf)]  # pyright: ignore[reportArgumentType]
-        if len(values) != len(expected):
-            raise self.error(column, f"expected {name}({', '.join(expected)}), got {len(values) or 'no'} argument(s)")
         try:
+            if leaf is PerHead:
+                return PerHead([self.mask(part) for part in _unpacked(arguments)])
+            values = [self.argument(argument) for argument in arguments]
+            expected = fields(leaf)  # pyright: ignore[reportArgumentType]
+            required = sum(field.default is MISSING for field in expected)
+            if not required <= len(values) <= len(expected):
+                names = ", ".join(field.name for field in expected)
+                raise self.error(column, f"expected {name}({names}), got {len(values) or 'no'} argument(s)")
             return leaf(*values)
+        except MaskSyntaxError:
+            raise
         except (TypeError, ValueError) as error:
             raise self.error(column, str(error)) from None
 
@@ -149,6 +172,15 @@ class _Reader:
     def _shown(self, start: int, end: int) -> str:
         # A control character could move the cursor, and the caret with it.
         return "".join(character if character.isprintable() else "\ufffd" for character in self.source[start:end])
+
+
+def _unpacked(arguments: list[ast.expr]) -> list[ast.expr]:
+    """The masks for each head: as arguments or, as they are printed, in a tuple."""
+    match arguments:
+        case [ast.Tuple(parts)]:
+            return parts
+        case _:
+            return arguments
 
 
 def _width(character: str) -> int:

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from jaxmask import Causal, Mask, Padding
-from jaxmask.mask import Allowed, Index, Scalar
+from jaxmask.indices import Allowed, Index
+from jaxmask.mask import Scalar
 
 
 class Dilated(Mask):

@@ -1,0 +1,563 @@
+"""The vocabulary: the masks that others are made of.
+
+Each says what it means in ``allows``, for pairs, and again in ``tile_bounds``, for tiles of pairs.
+"""
+
+import operator
+from collections.abc import Callable, Iterator, Sequence
+from functools import reduce
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Int
+
+from jaxmask import checks
+from jaxmask.indices import Allowed, Index, as_4d, inside, lookup
+from jaxmask.mask import KeyPositions, Mask, Offset, Scalar, common_shape
+from jaxmask.tiles import Bounds, Span
+
+
+class Causal(Mask):
+    """A query attends to the keys up to its own position: ``kv <= q``.
+
+    Source: ``causal_mask_function`` in Transformers' ``masking_utils``.
+
+    >>> Causal().dense(2, 2)
+    Array([[[[ True, False],
+             [ True,  True]]]], dtype=bool)
+    """
+
+    def allows(self, b: Index, h: Index, q: Index, kv: Index) -> Allowed:
+        return kv <= q
+
+    def tile_bounds(self, b: Index, h: Index, q: Span, kv: Span) -> Bounds:
+        return kv.min <= q.max, kv.max <= q.min
+
+
+class SlidingWindow(Mask):
+    """A query attends to the last ``size`` keys, its own included: ``q - size < kv <= q``.
+
+    Source: ``sliding_window_causal_mask_function`` in Transformers' ``masking_utils``, and Mistral
+    (https://arxiv.org/abs/2310.06825). The older ``AttentionMaskConverter(True, sliding_window)`` lets one key more
+    through: ``SlidingWindow(sliding_window + 1)``.
+
+    Args:
+        size: number of keys, at least 1; an int, or a traced scalar, for which ``key_length`` means "no window".
+
+    Raises:
+        ValueError: ``size`` is less than 1.
+
+    >>> SlidingWindow(2).dense(3, 3)
+    Array([[[[ True, False, False],
+             [ True,  True, False],
+             [False,  True,  True]]]], dtype=bool)
+    """
+
+    size: Scalar
+
+    def __post_init__(self) -> None:
+        checks.scalar("size", self.size, minimum=1)
+
+    def allows(self, b: Index, h: Index, q: Index, kv: Index) -> Allowed:
+        return (kv <= q) & (q - kv < self.size)
+
+    def tile_bounds(self, b: Index, h: Index, q: Span, kv: Span) -> Bounds:
+        nearest, farthest = q.min - kv.max, q.max - kv.min
+        return (farthest >= 0) & (nearest < self.size), (nearest >= 0) & (farthest < self.size)
+
+
+class Window(Mask):
+    """A query attends to ``left`` keys before its position, itself, and ``right`` keys after.
+
+    That is ``q - left <= kv <= q + right``; ``None`` is unbounded. Source: ``local_window_size`` of
+    ``jax.nn.dot_product_attention``, ``window_size`` of FlashAttention (whose ``-1`` is ``None`` here).
+
+    Args:
+        left, right: number of keys, at least 0; an int, a traced scalar, or ``None``.
+
+    Raises:
+        ValueError: ``left`` or ``right`` is negative.
+
+    >>> Window(0, 1).dense(3, 3)
+    Array([[[[ True,  True, False],
+             [False,  True,  True],
+             [False, False,  True]]]], dtype=bool)
+    """
+
+    left: Scalar | None
+    right: Scalar | None
+
+    def __post_init__(self) -> None:
+        for name in ("left", "right"):
+            if getattr(self, name) is not None:
+                checks.scalar(name, getattr(self, name), minimum=0)
+
+    def allows(self, b: Index, h: Index, q: Index, kv: Index) -> Allowed:
+        # Differences, and not `q + right`, which could overflow.
+        near_left = True if self.left is None else q - kv <= self.left
+        near_right = True if self.right is None else kv - q <= self.right
+        return near_left & near_right
+
+    def tile_bounds(self, b: Index, h: Index, q: Span, kv: Span) -> Bounds:
+        some, every = True, True
+        if self.left is not None:
+            some, every = q.min - kv.max <= self.left, q.max - kv.min <= self.left
+        if self.right is not None:
+            some, every = some & (kv.min - q.max <= self.right), every & (kv.max - q.min <= self.right)
+        return some, every
+
+
+class Chunked(Mask):
+    """A query attends to the keys in its own chunk: ``(q - start) // size == (kv - start) // size``.
+
+    Llama 4's chunked attention is ``Causal() & Chunked(size)``. Source: ``chunked_overlay`` in Transformers'
+    ``masking_utils``, whose ``left_padding`` is ``start``.
+
+    Args:
+        size: number of positions in a chunk, at least 1; an int, or a traced scalar.
+        start: position of the first token, where it is not 0, as after left padding; an int, or a traced int32 ``[]``
+            or ``[batch]``.
+
+    Raises:
+        ValueError: ``size`` is less than 1.
+
+    >>> Chunked(2).dense(3, 3)
+    Array([[[[ True,  True, False],
+             [ True,  True, False],
+             [False, False,  True]]]], dtype=bool)
+    """
+
+    size: Scalar
+    start: Scalar | Int[Array, "batch"] = 0
+
+    def __post_init__(self) -> None:
+        checks.scalar("size", self.size, minimum=1)
+        checks.scalar("start", self.start, minimum=-checks.INT32_MAX, ranks=(0, 1))
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return _batch(self.start), 1, 1
+
+    def allows(self, b: Index, h: Index, q: Index, kv: Index) -> Allowed:
+        start = _by_example(self.start, b)
+        return (q - start) // self.size == (kv - start) // self.size
+
+    def tile_bounds(self, b: Index, h: Index, q: Span, kv: Span) -> Bounds:
+        start = _by_example(self.start, b)
+        return _share(
+            (q.min - start) // self.size,
+            (q.max - start) // self.size,
+            (kv.min - start) // self.size,
+            (kv.max - start) // self.size,
+        )
+
+
+class Prefix(Mask):
+    """Every query attends to the first ``length`` keys: ``kv < length``.
+
+    With ``|`` it opens a prefix to a causal mask: a prefix language model (https://arxiv.org/abs/1910.10683), the
+    prompts of p-tuning v2 (https://arxiv.org/abs/2110.07602), attention sinks (https://arxiv.org/abs/2309.17453).
+
+    Args:
+        length: number of keys, at least 0; an int, or a traced int32 ``[]`` or ``[batch]``.
+
+    Raises:
+        ValueError: ``length`` is negative.
+
+    >>> (Causal() | Prefix(2)).dense(3, 3)
+    Array([[[[ True,  True, False],
+             [ True,  True, False],
+             [ True,  True,  True]]]], dtype=bool)
+    """
+
+    length: Scalar | Int[Array, "batch"]
+
+    def __post_init__(self) -> None:
+        checks.scalar("length", self.length, minimum=0, ranks=(0, 1))
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return _batch(self.length), 1, 1
+
+    def check_lengths(self, query_length: int, key_length: int, offset: Offset | None) -> None:
+        pass  # no position of a query is looked at
+
+    def allows(self, b: Index, h: Index, q: Index, kv: Index) -> Allowed:
+        return kv < _by_example(self.length, b)
+
+    def tile_bounds(self, b: Index, h: Index, q: Span, kv: Span) -> Bounds:
+        length = _by_example(self.length, b)
+        return kv.min < length, kv.max < length
+
+
+class Padding(Mask):
+    """A query attends to the keys that are valid: ``valid[b, kv]``.
+
+    Source: ``padding_mask_function`` in Transformers' ``masking_utils``.
+
+    Args:
+        valid: bool or integer ``[batch, kv]``; true, or not zero, where there is a token and no padding.
+
+    Raises:
+        TypeError: ``valid`` is no array of bools or integers (an additive bias, a torch tensor).
+        ValueError: ``valid`` has another rank.
+
+    >>> Padding(jnp.array([[0, 1, 1]])).dense(1, 3)
+    Array([[[[False,  True,  True]]]], dtype=bool)
+    """
+
+    valid: Bool[Array | np.ndarray, "batch kv"] | Int[Array | np.ndarray, "batch kv"]
+
+    def __post_init__(self) -> None:
+        hint = "; make it bool by `valid != 0` from a 0/1 mask, or by `valid == 0` from an additive bias"
+        checks.array("valid", self.valid, "bi", 2, hint=hint)
+        if isinstance(self.valid, np.ndarray):
+            # Before JAX, without 64-bit mode, cuts an int64 in half.
+            object.__setattr__(self, "valid", self.valid != 0)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return self.valid.shape[0], 1, self.valid.shape[1]
+
+    def at_keys(self, key_positions: KeyPositions) -> Mask:
+        return self
+
+    def check_lengths(self, query_length: int, key_length: int, offset: Offset | None) -> None:
+        if self.valid.shape[1] != key_length:
+            raise ValueError(
+                f"key_length is {key_length}, but valid of Padding describes {self.valid.shape[1]} keys "
+                f"({checks.describe(self.valid)}): it must cover every key, the cached ones included"
+            )
+
+    def allows(self, b: Index, h: Index, q: Index, kv: Index) -> Allowed:
+        return lookup(self.valid, b=b, kv=kv) != 0
+
+    def tile_bounds(self, b: Index, h: Index, q: Span, kv: Span) -> Bounds:
+        valid = lookup(self.valid, b=b, kv=kv.positions) != 0
+        return kv.most(valid), kv.least(valid)
+
+
+class Segments(Mask):
+    """A query attends to the keys of its own segment: to those that have its id. Packed documents.
+
+    Source: ``packed_sequence_mask_function`` in Transformers' ``masking_utils``, ``SegmentIds`` of splash attention.
+
+    Args:
+        query_ids: integer ``[batch, length]``: the id of each position, of queries and of keys. A position that has no
+            id, for it is beyond the array, does not attend.
+        key_ids: integer ``[batch, kv]``, where the keys are others than the queries, or not in the order of their
+            positions: the id of each key. Then ``query_ids`` are of queries alone.
+        offset: position of the first query that ``query_ids`` describes, where it is not 0; an int, or a traced scalar.
+
+    Raises:
+        TypeError: ids are no arrays of integers.
+        ValueError: ids have another rank, or do not fit an int32; two batches differ in size; an ``offset`` without
+            ``key_ids``.
+
+    >>> Segments(jnp.array([[0, 0, 1]])).dense(3, 3)
+    Array([[[[ True,  True, False],
+             [ True,  True, False],
+             [False, False,  True]]]], dtype=bool)
+    """
+
+    query_ids: Int[Array | np.ndarray, "batch q"]
+    key_ids: Int[Array | np.ndarray, "batch kv"] | None = None
+    offset: Scalar = 0
+
+    def __post_init__(self) -> None:
+        hint = "; ids of segments are integers, such as jnp.cumsum of the starts of documents"
+        for name in ("query_ids", "key_ids"):
+            if name == "query_ids" or self.key_ids is not None:
+                ids = checks.array(name, getattr(self, name), "i", 2, hint=hint)
+                checks.fits_int32(name, ids)
+        checks.scalar("offset", self.offset, minimum=-checks.INT32_MAX)
+        if self.key_ids is None:
+            if checks.is_array(self.offset) or self.offset != 0:
+                raise ValueError(
+                    f"offset of Segments is the position of the first of query_ids and needs key_ids, got offset="
+                    f"{checks.describe(self.offset)} and no key_ids: one array of ids is read from position 0 on"
+                )
+        elif 1 != self.query_ids.shape[0] != self.key_ids.shape[0] != 1:
+            raise ValueError(
+                f"query_ids and key_ids must agree on the size of batch, got {checks.describe(self.query_ids)} and "
+                f"{checks.describe(self.key_ids)}"
+            )
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        keys = self.query_ids if self.key_ids is None else self.key_ids
+        batch = self.query_ids.shape[0] if keys.shape[0] == 1 else keys.shape[0]
+        return batch, 1, keys.shape[1]
+
+    def check_lengths(self, query_length: int, key_length: int, offset: Offset | None) -> None:
+        name, keys = ("query_ids", self.query_ids) if self.key_ids is None else ("key_ids", self.key_ids)
+        if keys.shape[1] != key_length:
+            raise ValueError(
+                f"key_length is {key_length}, but {name} of Segments describes {keys.shape[1]} keys "
+                f"({checks.describe(keys)}): it must cover every key, the cached ones included"
+            )
+        if self.key_ids is None:
+            super().check_lengths(query_length, key_length, offset)
+        if checks.is_array(offset) or checks.is_array(self.offset):
+            return
+        start, count = (0 if offset is None else offset) - self.offset, self.query_ids.shape[1]
+        if not 0 <= start <= count - query_length:
+            raise ValueError(
+                f"query_ids of Segments describes the queries at {self.offset} to {self.offset + count - 1}, but "
+                f"{query_length} queries from {start + self.offset} on were asked for: where these are the ids of just "
+                "these queries, say Segments(query_ids, key_ids, offset=<position of the first>)"
+            )
+
+    def at_keys(self, key_positions: KeyPositions) -> Mask:
+        return super().at_keys(key_positions) if self.key_ids is None else self
+
+    def allows(self, b: Index, h: Index, q: Index, kv: Index) -> Allowed:
+        (query_ids, query_given), (key_ids, key_given) = self._of_queries(b, q), self._of_keys(b, kv)
+        return (query_ids == key_ids) & query_given & key_given
+
+    def tile_bounds(self, b: Index, h: Index, q: Span, kv: Span) -> Bounds:
+        (query_ids, query_given), (key_ids, key_given) = (
+            self._of_queries(b, q.positions),
+            self._of_keys(b, kv.positions),
+        )
+        some, every = _share(q.least(query_ids), q.most(query_ids), kv.least(key_ids), kv.most(key_ids))
+        return (
+            some & q.most(query_given) & kv.most(key_given),
+            every & q.least(query_given) & kv.least(key_given),
+        )
+
+    def _of_queries(self, b: Index, q: Index) -> tuple[Any, Allowed]:
+        row = q - self.offset
+        return lookup(self.query_ids, b=b, q=row), inside(row, self.query_ids.shape[1])
+
+    def _of_keys(self, b: Index, kv: Index) -> tuple[Any, Allowed]:
+        ids = self.query_ids if self.key_ids is None else self.key_ids
+        return lookup(ids, b=b, kv=kv), inside(kv, ids.shape[1])
+
+
+class Dense(Mask):
+    """The pairs that are given: ``allowed[b, h, q - offset, kv]``.
+
+    Rows that are not given may not attend.
+
+    Args:
+        allowed: bool, ``[q, kv]`` or ``[batch, heads, q, kv]``, where a size of 1 serves every index.
+        offset: position of the first row given, for an array that describes just the queries at hand and is combined
+            with masks that know absolute positions; an int, or a traced scalar.
+
+    Raises:
+        TypeError: ``allowed`` is not bool.
+        ValueError: ``allowed`` has another rank; a rank of 3 could mean batch or heads, and is not guessed.
+
+    >>> (Causal() & Dense(jnp.array([[True, False, True]]))).dense(1, 3, offset=2)
+    Array([[[[ True, False,  True]]]], dtype=bool)
+    """
+
+    allowed: Bool[Array | np.ndarray, "q kv"] | Bool[Array | np.ndarray, "batch heads q kv"]
+    offset: Scalar = 0
+
+    def __post_init__(self) -> None:
+        hint = "; make it bool by `allowed != 0` from a 0/1 mask, or by `allowed == 0` from an additive bias"
+        checks.array("allowed", self.allowed, "b", 2, 4, hint=hint)
+        checks.scalar("offset", self.offset, minimum=-checks.INT32_MAX)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        batch, heads, _, kv = as_4d(self.allowed).shape
+        return batch, heads, kv
+
+    def at_keys(self, key_positions: KeyPositions) -> Mask:
+        return self
+
+    def check_lengths(self, query_length: int, key_length: int, offset: Offset | None) -> None:
+        *_, rows, kv = self.allowed.shape
+        if kv not in (1, key_length):
+            raise ValueError(
+                f"key_length is {key_length}, but allowed of Dense has {kv} keys ({checks.describe(self.allowed)})"
+            )
+        if rows == 1 or checks.is_array(offset) or checks.is_array(self.offset):
+            return
+        start = 0 if offset is None else offset
+        if not 0 <= start - self.offset <= rows - query_length or (offset is None and rows != query_length):
+            raise ValueError(
+                f"allowed of Dense has {rows} rows, for the queries at {self.offset} to {self.offset + rows - 1}, but "
+                f"{query_length} queries from {start} on were asked for: where the rows are just these queries, say "
+                "Dense(allowed, offset=<position of the first>)"
+            )
+
+    def allows(self, b: Index, h: Index, q: Index, kv: Index) -> Allowed:
+        allowed = as_4d(self.allowed)
+        rows = allowed.shape[2]
+        row = q - self.offset
+        given = True if rows == 1 else inside(row, rows)
+        return given & lookup(allowed, b=b, h=h, q=row, kv=kv)
+
+    def tile_bounds(self, b: Index, h: Index, q: Span, kv: Span) -> Bounds:
+        # All that is known of these pairs is what was given of each.
+        allowed = self.allows(b, h, q.positions, kv.positions)
+        return kv.most(q.most(allowed)), kv.least(q.least(allowed))
+
+
+class Predicate(Mask):
+    """The pairs for which a function returns true: ``fn(b, h, q, kv)``.
+
+    The ``mask_mod`` of PyTorch's FlexAttention.
+
+    Args:
+        fn: takes four int32 arrays that broadcast against each other (batch, head, query position, key position), and
+            returns a bool array that broadcasts with them. It is part of the mask's static structure, compared by
+            identity: define it once, for another function is another compilation.
+        batch, heads: the sizes of the axes that ``fn`` looks at, where no mask beside it has them; static.
+        bounds: what ``fn`` is on tiles, for :meth:`Mask.tiles`, to which every tile is PARTIAL without it. Takes ``b``
+            and ``h`` as ``fn`` does, and ``q`` and ``kv`` as ranges with ``min`` and ``max``; returns two bools, or
+            bool arrays that broadcast with them: whether some pair of a tile may attend, and whether every pair does.
+            Where it is not known, ``some`` is true and ``every`` false.
+
+    Raises:
+        TypeError: ``fn`` or ``bounds`` is not callable or, when the mask is read, does not return bools.
+        ValueError: when the mask is read, one returns a shape that does not broadcast to its arguments.
+
+    >>> def strided(b, h, q, kv):
+    ...     return kv % 2 == 0
+    >>> (Causal() & Predicate(strided)).dense(1, 4, offset=3)
+    Array([[[[ True, False,  True, False]]]], dtype=bool)
+    >>> tenth = Predicate(lambda b, h, q, kv: kv < q // 10, bounds=lambda b, h, q, kv: (kv.min < q.max // 10, False))
+    >>> print(tenth.tiles(100, 100, block=25).states[0, 0])
+    [[1 0 0 0]
+     [1 0 0 0]
+     [1 0 0 0]
+     [1 0 0 0]]
+    """
+
+    fn: Callable[[Any, Any, Any, Any], Any]
+    batch: int | None = None
+    heads: int | None = None
+    bounds: Callable[[Any, Any, Span, Span], Bounds] | None = None
+
+    def __post_init__(self) -> None:
+        if not callable(self.fn):
+            raise TypeError(f"fn must be a function of (b, h, q, kv), got {checks.describe(self.fn)}")
+        for name in ("batch", "heads"):
+            if getattr(self, name) is not None:
+                checks.length(name, getattr(self, name))
+        if self.bounds is not None and not callable(self.bounds):
+            raise TypeError(f"bounds must be a function of (b, h, q, kv), got {checks.describe(self.bounds)}")
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return self.batch or 1, self.heads or 1, 1
+
+    def allows(self, b: Index, h: Index, q: Index, kv: Index) -> Allowed:
+        b, h = self._known(b, h)
+        allowed = jnp.asarray(self.fn(*map(jnp.asarray, (b, h, q, kv))))
+        return self._checked("fn", self.fn, allowed, jnp.broadcast_shapes(*map(jnp.shape, (b, h, q, kv))))
+
+    def tile_bounds(self, b: Index, h: Index, q: Span, kv: Span) -> Bounds:
+        if self.bounds is None:
+            return True, False
+        b, h = self._known(b, h)
+        bounds = self.bounds(b, h, q, kv)
+        if not isinstance(bounds, tuple) or len(bounds) != 2:
+            raise TypeError(
+                f"bounds of Predicate must return a pair (some, every), got {checks.describe(bounds)} from "
+                f"{self.bounds!r}"
+            )
+        shape = jnp.broadcast_shapes(*map(jnp.shape, (b, h, q.min, kv.min)))
+        some, every = (
+            bound if isinstance(bound, bool) else self._checked("bounds", self.bounds, bound, shape) for bound in bounds
+        )
+        return some, every
+
+    def _known(self, b: Index, h: Index) -> tuple[Index, Index]:
+        # A size of 1 serves every index, as in broadcasting.
+        return 0 if self.batch == 1 else b, 0 if self.heads == 1 else h
+
+    def _checked(self, name: str, fn: object, result: Any, shape: tuple[int, ...]) -> Allowed:
+        if getattr(result, "dtype", None) != jnp.bool_:
+            raise TypeError(f"{name} of Predicate must return bool, got {checks.describe(result)} from {fn!r}")
+        if not checks.broadcasts_to(result.shape, shape):
+            raise ValueError(
+                f"{name} of Predicate must return a shape that broadcasts to {list(shape)}, got "
+                f"{checks.describe(result)} from {fn!r}"
+            )
+        return result
+
+
+class PerHead(Mask):
+    """Another mask for each head: ``masks[h]`` for head ``h``.
+
+    Args:
+        masks: as many as there are heads. One that is given for several heads is read once for them all.
+
+    Raises:
+        TypeError: one of them is no mask.
+        ValueError: there is none; one has heads of its own; or they disagree on a size.
+
+    >>> from jaxmask import Full
+    >>> print(PerHead([Causal(), Full()]).dense(2, 2).astype(int))
+    [[[[1 0]
+       [1 1]]
+    <BLANKLINE>
+      [[1 1]
+       [1 1]]]]
+    """
+
+    masks: Sequence[Mask]
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.masks, list | tuple) or not self.masks:
+            raise ValueError(f"masks of PerHead must be a mask for each head, got {checks.describe(self.masks)}")
+        object.__setattr__(self, "masks", tuple(self.masks))
+        for head, mask in enumerate(self.masks):
+            if not isinstance(mask, Mask):
+                raise TypeError(f"masks of PerHead must be masks, got {checks.describe(mask)} for head {head}")
+            if mask.shape[1] != 1:
+                raise ValueError(
+                    f"masks of PerHead must be for one head each, got {mask.shape[1]} heads in {mask!r} for head {head}"
+                )
+        common_shape(self.masks, "masks of PerHead")
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        batch, _, kv = common_shape(self.masks, "masks of PerHead")
+        return batch, len(self.masks), kv
+
+    def check_lengths(self, query_length: int, key_length: int, offset: Offset | None) -> None:
+        for mask in self.masks:
+            mask.check_lengths(query_length, key_length, offset)
+
+    def at_keys(self, key_positions: KeyPositions) -> Mask:
+        return PerHead([mask.at_keys(key_positions) for mask in self.masks])
+
+    def allows(self, b: Index, h: Index, q: Index, kv: Index) -> Allowed:
+        return reduce(operator.or_, (mine & mask.allows(b, h, q, kv) for mask, mine in self._each(h)))
+
+    def tile_bounds(self, b: Index, h: Index, q: Span, kv: Span) -> Bounds:
+        found = [(mine, mask.tile_bounds(b, h, q, kv)) for mask, mine in self._each(h)]
+        some = reduce(operator.or_, (mine & some for mine, (some, _) in found))
+        every = reduce(operator.or_, (mine & every for mine, (_, every) in found))
+        return some, every
+
+    def _each(self, h: Index) -> Iterator[tuple[Mask, Allowed]]:
+        """The masks that differ, and whether ``h`` is one of the heads of each."""
+        heads: dict[Mask, list[int]] = {}
+        for head, mask in enumerate(self.masks):
+            heads.setdefault(mask, []).append(head)
+        for mask, mine in heads.items():
+            # A single mask serves every head, as a size of 1 does.
+            yield mask, True if len(self.masks) == 1 else reduce(operator.or_, (h == head for head in mine))
+
+
+def _by_example(value: Any, b: Index) -> Any:
+    """A number for all, or one for each example."""
+    return lookup(value, b=b) if np.ndim(value) else value
+
+
+def _batch(value: Any) -> int:
+    return (np.shape(value) or (1,))[0]
+
+
+def _share(q_min: Any, q_max: Any, kv_min: Any, kv_max: Any) -> Bounds:
+    """Whether some, and every, pair has equal numbers, where those of a tile are known to lie in a range."""
+    return (q_min <= kv_max) & (kv_min <= q_max), (q_min == kv_max) & (q_max == kv_min)
