@@ -288,7 +288,7 @@ class Mask:
 class Full(Mask):
     """Every pair may attend: the neutral element of ``&``.
 
-    >>> from jaxmask import Causal
+    >>> from jaxmask import Causal, Full
     >>> Full() & Causal()
     Causal()
     """
