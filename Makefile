@@ -16,6 +16,7 @@ test-tpu: .venv/.tpu
 
 bench: .venv/.dev
 	$(BIN)/python benchmarks/masks.py
+	$(BIN)/python benchmarks/tiles.py
 
 lint: .venv/.dev
 	$(BIN)/ruff check

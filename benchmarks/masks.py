@@ -7,12 +7,9 @@ to other machines, milliseconds do not.
 
 import argparse
 import json
-import random
-import statistics
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from timeit import Timer
 from typing import Any
 
 import jax
@@ -21,6 +18,7 @@ import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
+from timing import compare
 
 import jaxmask
 
@@ -28,7 +26,7 @@ warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
 from transformers import modeling_attn_mask_utils as hf  # noqa: E402
 
 BATCH, LENGTH, WINDOW = 4, 2048, 256
-WARM_UP, ROUNDS = 3, 24
+ROUNDS = 24
 
 valid_np = np.ones((BATCH, LENGTH), np.int32)
 valid_np[:, : LENGTH // 8] = 0  # padded on the left, so that there are rows with nothing to attend to
@@ -83,17 +81,6 @@ OPERATIONS: dict[str, tuple[Callable[[], Any], Callable[[], Any]]] = {
 full = jax.jit(lambda value: jnp.full((BATCH, 1, LENGTH, LENGTH), value, jnp.float32))  # pyright: ignore
 
 
-def compare(*contestants: Callable[[], Any]) -> list[float]:
-    """The median seconds of each contestant, taking turns."""
-    timers = [Timer(lambda run=run: jax.block_until_ready(run())) for run in contestants]
-    times: list[list[float]] = [[] for _ in timers]
-    order = random.Random(0)  # shuffled, for what one has just freed can help or hinder the next
-    for _ in range(WARM_UP + ROUNDS):
-        for seat in order.sample(range(len(timers)), len(timers)):
-            times[seat].append(timers[seat].timeit(1))
-    return [statistics.median(taken[WARM_UP:]) for taken in times]
-
-
 def main() -> None:
     """Compare, print, and say which floors are met."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -106,7 +93,7 @@ def main() -> None:
     results: dict[str, dict[str, float]] = {}
     for name, (run, run_pt) in OPERATIONS.items():
         assert np.array_equal(run(), run_pt().expand(BATCH, 1, LENGTH, LENGTH)), f"{name} differs from PyTorch"
-        seconds, seconds_pt, seconds_full = compare(run, run_pt, lambda: full(0.5))
+        seconds, seconds_pt, seconds_full = compare(run, run_pt, lambda: full(0.5), rounds=ROUNDS)
         results[name] = {"ms": 1e3 * seconds, "full": seconds / seconds_full, "torch": seconds_pt / seconds}
         table.add_row(name, *(f"{value:.2f}" for value in results[name].values()))
     console.print(table)

@@ -498,6 +498,8 @@ def _checked(
                 "offset is missing: key_positions says where the keys are, but not where the queries; say offset=<the "
                 "position of the first query>"
             )
+        # In fewer bits, a difference of positions could overflow.
+        key_positions = key_positions.astype(np.int32)
         mask = mask.at_keys(key_positions) & _AtKeys(_Occupied(), key_positions)
     mask.check_lengths(query_length, key_length, offset)
     return mask, query_length, key_length, 0 if offset is None else offset
@@ -507,7 +509,7 @@ def _checked(
 @partial(jax.jit, static_argnames=("query_length", "key_length"))
 def _dense(mask: Mask, query_length: int, key_length: int, offset: Offset) -> Bool[Array, "batch heads q kv"]:
     (allowed,), batch, heads = _read(
-        mask, query_length, key_length, offset, lambda b, h, q, kv: (mask.allows(b, h, q, kv),)
+        mask, query_length, key_length, offset, lambda b, h, q, first, kv: (mask.allows(b, h, q + first, kv),)
     )
     return jnp.broadcast_to(allowed, (batch, heads, query_length, key_length))
 
@@ -520,8 +522,8 @@ def _bias(
 
 
 def _states(mask: Mask, query_length: int, key_length: int, offset: Offset, block: tuple[int, int]) -> Any:
-    def bounds(b: Index, h: Index, q: Any, kv: Any) -> Bounds:
-        return mask.tile_bounds(b, h, Span(q, 2, block[0]), Span(kv, 3, block[1]))
+    def bounds(b: Index, h: Index, q: Any, first: Any, kv: Any) -> Bounds:
+        return mask.tile_bounds(b, h, Span(q, 2, block[0], first), Span(kv, 3, block[1]))
 
     (some, every), batch, heads = _read(mask, query_length, key_length, offset, bounds)
     return from_bounds(some, every, (batch, heads, -(-query_length // block[0]), -(-key_length // block[1])))
@@ -533,7 +535,10 @@ _traced_states = jax.jit(_states, static_argnums=(1, 2, 4))
 def _read(
     mask: Mask, query_length: int, key_length: int, offset: Offset, look: Callable[..., tuple[Allowed, ...]]
 ) -> tuple[tuple[Allowed, ...], int, int]:
-    """What ``look(b, h, q, kv)`` finds for every pair, and the numbers of examples and of heads."""
+    """What ``look(b, h, q, first, kv)`` finds for every pair, and the numbers of examples and of heads.
+
+    Of the queries it is told their indices and the position of the first.
+    """
     batch, heads, _ = mask.shape
     first = (jnp if isinstance(offset, jax.Array) else np).asarray(offset, np.int32).reshape(-1, 1, 1, 1)
     if first.shape[0] != 1 and batch not in (1, first.shape[0]):
@@ -543,8 +548,8 @@ def _read(
     # the number is unknown, two of them show whether it matters.
     any_batch = all(np.ndim(array) == 0 for array in (*jax.tree.leaves(mask), offset)) and batch == 1
     any_heads = heads == 1
-    q = iota(query_length, 2) + first
-    found = look(iota(2 if any_batch else batch, 0), iota(2 if any_heads else heads, 1), q, iota(key_length, 3))
+    b, h = iota(2 if any_batch else batch, 0), iota(2 if any_heads else heads, 1)
+    found = look(b, h, iota(query_length, 2), first, iota(key_length, 3))
     for axis, name, unknown in ((0, "batch", any_batch), (1, "heads", any_heads)):
         if unknown and any(np.ndim(part) == 4 and np.shape(part)[axis] == 2 for part in found):
             raise ValueError(

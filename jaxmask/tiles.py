@@ -29,19 +29,26 @@ Bounds = tuple[Allowed, Allowed]
 class Span:
     """The positions along one axis, cut into tiles: queries ``[batch|1, 1, q, 1]`` or keys ``[batch|1, 1, 1, kv]``."""
 
-    positions: Int[Array | np.ndarray, "..."]
+    indices: Int[Array | np.ndarray, "..."]
     axis: Literal[2, 3]
     size: int
+    # The position of index 0. Apart from the indices, which are reduced at trace time where the first is traced.
+    first: Int[Array | np.ndarray, "..."] | int = 0
+
+    @property
+    def positions(self) -> Int[Array | np.ndarray, "..."]:
+        """All of them, one by one."""
+        return self.indices + self.first
 
     @cached_property
     def min(self) -> Int[Array | np.ndarray, "..."]:
         """The lowest position in each tile."""
-        return self.least(self.positions)
+        return self.least(self.indices) + self.first
 
     @cached_property
     def max(self) -> Int[Array | np.ndarray, "..."]:
         """The highest position in each tile."""
-        return self.most(self.positions)
+        return self.most(self.indices) + self.first
 
     def least(self, values: Any) -> Any:
         """The minimum of each tile, over values that the positions have; of bools, whether all are true."""
