@@ -20,6 +20,7 @@ from jaxmask.converter import (
     prepare_4d_causal_attention_mask,
     prepare_4d_causal_attention_mask_for_sdpa,
 )
+from jaxmask.draw import plot, show
 from jaxmask.leaves import (
     Causal,
     Chunked,
@@ -58,9 +59,11 @@ __all__ = [
     "expand_mask",
     "ignore_causal_mask_sdpa",
     "make_causal_mask",
+    "plot",
     "prepare_4d_attention_mask",
     "prepare_4d_attention_mask_for_sdpa",
     "prepare_4d_causal_attention_mask",
     "prepare_4d_causal_attention_mask_for_sdpa",
+    "show",
     "unmask_unattended",
 ]

@@ -38,12 +38,16 @@ def show(
             "assume so, and says that it did, where the library asks."
         ),
     ] = None,
+    block: Annotated[
+        int | None,
+        typer.Option(help="Outline tiles of so many queries and keys, and say which are EMPTY, PARTIAL or FULL."),
+    ] = None,
     svg: Annotated[Path | None, typer.Option(help="Write the picture to this file, too.")] = None,
 ) -> None:
-    """Draw a mask: a row for each query, a column for each key.
+    """Draw a mask: a row for each query, a column for each key; by tiles, where these are too many.
 
-    A mask is one of full, empty, causal, sliding_window(size), window(left, right) and prefix(length), or several of
-    them combined by &, | and ~.
+    A mask is one of full, empty, causal, sliding_window(size), window(left, right), chunked(size), prefix(length) and
+    per_head(mask, mask, ...), or several of them combined by &, | and ~.
     """
     console = Console(record=True, highlight=False)
     key = query if key is None else key
@@ -54,7 +58,7 @@ def show(
         console.print(Text(repr(description), "bold"))
         if aligned:
             console.print(f"offset {offset}: the last query is at the last key (bottom-right)")
-        draw(description, query, key, offset=offset, console=console)
+        draw(description, query, key, offset=offset, block=block, console=console)
         if svg is not None:
             # The frame fits the picture, whatever the width of the terminal.
             console.width = max(map(len, console.export_text(clear=False).splitlines()))

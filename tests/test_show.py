@@ -1,6 +1,7 @@
 """Text to mask and mask to picture: each is read back and compared with where it came from."""
 
 import io
+import math
 import re
 import sys
 from pathlib import Path
@@ -8,6 +9,8 @@ from types import ModuleType
 from typing import Any
 from xml.etree import ElementTree
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -15,9 +18,21 @@ from hypothesis import strategies as st
 from rich.console import Console
 from typer.testing import CliRunner
 
-from jaxmask import Causal, Dense, Empty, Full, Mask, Padding, Prefix, SlidingWindow, Window
+from jaxmask import (
+    Causal,
+    Chunked,
+    Dense,
+    Empty,
+    Full,
+    Mask,
+    Padding,
+    PerHead,
+    Prefix,
+    SlidingWindow,
+    Window,
+)
 from jaxmask.cli import app
-from jaxmask.draw import show
+from jaxmask.draw import show, show_tiles
 from jaxmask.parse import MaskSyntaxError, parse_mask
 
 SIZES = st.integers(0, 9)
@@ -28,8 +43,11 @@ LEAVES: st.SearchStrategy[Mask] = st.one_of(
     st.just(Causal()),
     st.integers(1, 9).map(SlidingWindow),
     st.builds(Window, BOUNDS, BOUNDS),
+    st.builds(Chunked, st.integers(1, 9), SIZES),
     SIZES.map(Prefix),
 )
+# Of two heads each, for masks of more heads and of fewer do not combine.
+PER_HEAD = st.tuples(LEAVES, LEAVES).map(PerHead)
 
 
 def combined(masks: st.SearchStrategy[Mask]) -> st.SearchStrategy[Mask]:
@@ -37,7 +55,7 @@ def combined(masks: st.SearchStrategy[Mask]) -> st.SearchStrategy[Mask]:
     return masks.map(lambda a: ~a) | pairs.map(lambda ab: ab[0] & ab[1]) | pairs.map(lambda ab: ab[0] | ab[1])
 
 
-MASKS = st.recursive(LEAVES, combined, max_leaves=5)
+MASKS = st.recursive(LEAVES | PER_HEAD, combined, max_leaves=5)
 
 
 # Text to mask
@@ -70,7 +88,11 @@ def test_any_other_text_is_refused_and_nothing_else_is_raised(text: str) -> None
         ("SlidingWindow(3)", SlidingWindow(3)),
         ("window(None, 2)", Window(None, 2)),
         ("window(1, None)", Window(1, None)),
+        ("chunked(4)", Chunked(4)),
+        ("chunked(4, 2)", Chunked(4, 2)),
         ("prefix(0x10)", Prefix(16)),
+        ("per_head(causal, ~prefix(2) & full)", PerHead([Causal(), ~Prefix(2)])),
+        ("PerHead((Causal(), Full()))", PerHead([Causal(), Full()])),
         ("  causal\n  & prefix(2)\t", Causal() & Prefix(2)),
         ("causal & (empty | ~prefix(2))", Causal() & ~Prefix(2)),
         ("causal | prefix(1) & window(0, 0)", Causal() | (Prefix(1) & Window(0, 0))),
@@ -157,17 +179,51 @@ def test_only_text_is_parsed() -> None:
 # Mask to picture
 
 
-def drawn(mask: Mask, *lengths: int, width: int = 120, encoding: str = "utf-8", **arguments: Any) -> str:
+def printed(draw: Any, *arguments: Any, width: int = 120, encoding: str = "utf-8", **named: Any) -> str:
     file = io.TextIOWrapper(io.BytesIO(), encoding=encoding, newline="\n")
-    show(mask, *lengths, **arguments, console=Console(file=file, width=width, highlight=False))
+    draw(*arguments, **named, console=Console(file=file, width=width, highlight=False))
     file.seek(0)
-    return file.read()
+    picture = file.read()
+    assert max(map(len, picture.splitlines())) <= width
+    return picture
+
+
+def drawn(mask: Mask, *lengths: int, **arguments: Any) -> str:
+    return printed(show, mask, *lengths, **arguments)
 
 
 def read_back(picture: str, yes: str = "■", no: str = "·") -> tuple[list[int], list[list[bool]]]:
-    cells = rf"^\W*?(-?\d+)  ((?:[{re.escape(yes + no)}] ?)+)"
-    rows = re.findall(cells, picture, flags=re.MULTILINE)
+    cells = rf"^ *(-?\d+)  ((?:[{re.escape(yes + no)}] ?)+)$"
+    # Lines between tiles are no part of the cells.
+    rows = re.findall(cells, re.sub(r"[│|] ?", "", picture), flags=re.MULTILINE)
     return [int(label) for label, _ in rows], [[cell == yes for cell in row.replace(" ", "")] for _, row in rows]
+
+
+def read_tiles(picture: str, key_length: int, states: str = "·▒█") -> tuple[tuple[int, int], list[int], Any]:
+    """The size of the tiles, the labels of their rows, and their states."""
+    size = re.search(r"tiles\s+of\s+([\d,]+)\s+queries\s+by\s+([\d,]+)\s+keys", picture)
+    assert size is not None
+    queries, keys = (int(number.replace(",", "")) for number in size.groups())
+    rows = re.findall(rf"^ *(-?\d+)  ((?:[{re.escape(states)}] ?)+)$", picture, flags=re.MULTILINE)
+    # One character for a tile or two, the second of which may be a space, cut off at the end of a line.
+    step = -(-max(len(row) for _, row in rows) // -(-key_length // keys))
+    found = [[states.index(state) for state in row[::step]] for _, row in rows]
+    return (queries, keys), [int(label) for label, _ in rows], np.array(found)
+
+
+def read_outlines(picture: str) -> list[list[int]]:
+    rules = [line for line in picture.splitlines() if re.match(r" +[┌├]", line)]
+    return [["·▒█".index(mark) for mark in re.findall(r"[┌├┬┼](.)", rule)] for rule in rules]
+
+
+class TilesOnly(Mask):
+    """Causal, for who does not ask for pairs."""
+
+    def allows(self, b: Any, h: Any, q: Any, kv: Any) -> Any:
+        raise AssertionError("pairs were asked for")
+
+    def tile_bounds(self, b: Any, h: Any, q: Any, kv: Any) -> Any:
+        return Causal().tile_bounds(b, h, q, kv)
 
 
 @settings(deadline=None)
@@ -176,9 +232,70 @@ def test_a_picture_says_what_dense_says(mask: Mask, query_length: int, key_lengt
     picture = drawn(mask, query_length, key_length, offset=offset, width=80)
     labels, rows = read_back(picture)
     allowed = np.asarray(mask.dense(query_length, key_length, offset=offset))
-    assert labels == list(range(offset, offset + query_length))
-    np.testing.assert_array_equal(rows, allowed[0, 0])
+    panels = allowed.shape[1]
+    assert labels == list(range(offset, offset + query_length)) * panels
+    np.testing.assert_array_equal(np.reshape(rows, allowed.shape), allowed)
     assert f"{allowed.sum()} of {allowed.size} pairs" in picture
+
+
+@settings(max_examples=30)
+@given(MASKS, st.sampled_from([(5, 11), (8, 40)]), st.integers(1, 9), st.integers(1, 9))
+def test_outlines_say_what_tiles_say(mask: Mask, lengths: tuple[int, int], queries: int, keys: int) -> None:
+    picture = drawn(mask, *lengths, offset=2, block=(queries, keys))
+    allowed = np.asarray(mask.dense(*lengths, offset=2))
+    np.testing.assert_array_equal(np.reshape(read_back(picture)[1], allowed.shape), allowed)
+    tiles = mask.tiles(*lengths, offset=2, block=(queries, keys))
+    np.testing.assert_array_equal(np.reshape(read_outlines(picture), tiles.states.shape), tiles.states)
+    assert f"{tiles.counts[0]} of {tiles.states.size} are EMPTY" in picture
+
+
+@given(
+    MASKS,
+    st.sampled_from([(1, 500), (300, 4), (129, 129), (1000, 3000), (70_000, 131_072)]),
+    st.integers(-3, 999),
+    st.none() | st.integers(1, 700),
+    st.integers(10, 200),
+)
+def test_a_large_mask_is_drawn_by_its_tiles(
+    mask: Mask, lengths: tuple[int, int], offset: int, block: int | None, width: int
+) -> None:
+    picture = drawn(mask, *lengths, offset=offset, block=block, width=width)
+    size, labels, states = read_tiles(picture, lengths[1])
+    tiles = mask.tiles(*lengths, offset=offset, block=size)
+    np.testing.assert_array_equal(states.reshape(tiles.states.shape), tiles.states)
+    assert labels == [*range(offset, offset + lengths[0], size[0])] * tiles.states.shape[1]
+    if block is not None:
+        assert [math.log2(part / block) % 1 for part in size] == [0, 0]
+
+
+def test_a_large_mask_is_never_written_out() -> None:
+    size, _, states = read_tiles(drawn(TilesOnly(), 131_072, width=80), 131_072)
+    assert size == (4096, 2048)
+    assert np.bincount(states.reshape(-1)).tolist() == [992, 64, 992]
+
+
+def test_columns_of_tiles_are_labelled_where_they_begin() -> None:
+    ruler, first, *_ = drawn(Full(), 4096, width=80).splitlines()
+    columns = {int(label): ruler.index(label) - first.index("█") for label in ruler.split()}
+    assert len(columns) > 5
+    assert all(column * 64 == label for label, column in columns.items())
+
+
+def test_tiles_are_shown_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
+    tiles = (Causal() & Padding(jnp.arange(60)[None] >= jnp.array([[33], [0]]))).tiles(60, 60, block=(8, 16))
+    tiles.show()
+    size, labels, states = read_tiles(capsys.readouterr().out, 60)
+    assert size == (8, 16)
+    assert labels == [*range(0, 60, 8)] * 2
+    np.testing.assert_array_equal(states.reshape(tiles.states.shape), tiles.states)
+
+
+@given(MASKS, st.sampled_from([(1, 5000), (5000, 4), (2000, 2000)]), st.integers(1, 20), st.integers(10, 90))
+def test_too_many_tiles_are_shown_larger(mask: Mask, lengths: tuple[int, int], block: int, width: int) -> None:
+    picture = printed(show_tiles, mask.tiles(*lengths, block=block, offset=0), width=width)
+    size, _, states = read_tiles(picture, lengths[1])
+    tiles = mask.tiles(*lengths, block=size, offset=0)
+    np.testing.assert_array_equal(states.reshape(tiles.states.shape), tiles.states)
 
 
 def test_a_panel_for_each_example_and_head() -> None:
@@ -186,6 +303,13 @@ def test_a_panel_for_each_example_and_head() -> None:
     picture = drawn(Dense(allowed), 2, 4, offset=0)
     assert [f"batch {b}, head {h}" in picture for b in range(2) for h in range(3)] == [True] * 6
     np.testing.assert_array_equal(np.reshape(read_back(picture)[1], allowed.shape), allowed)
+
+
+@pytest.mark.parametrize("length", [2, 1000])
+def test_of_many_panels_the_first_are_drawn(length: int) -> None:
+    picture = drawn(PerHead([SlidingWindow(size) for size in range(1, 41)]), length)
+    assert "the first 32 of 40 panels" in picture
+    assert re.findall(r"head (\d+)", picture) == [str(head) for head in range(32)]
 
 
 def test_rows_are_labelled_by_the_offset_of_their_example() -> None:
@@ -201,14 +325,36 @@ def test_columns_are_labelled_from_top_to_bottom() -> None:
     assert first.index("■") == units.index("0")
 
 
+def test_columns_are_labelled_by_the_positions_of_their_keys() -> None:
+    positions = jnp.array([[8, 9, -1, 7], [4, 15, 2, 3]])
+    picture = drawn(Causal(), 2, 4, offset=8, key_positions=positions)
+    tens, units, *_ = picture.splitlines()[1:]
+    assert (tens.split(), units.split()) == (["-"], ["8", "9", "1", "7"])
+    tens, units, *_ = picture.partition("batch 1\n")[2].splitlines()
+    assert (tens.split(), units.split()) == (["1"], ["4", "5", "2", "3"])
+    np.testing.assert_array_equal(
+        np.reshape(read_back(picture)[1], (2, 1, 2, 4)), Causal().dense(2, 4, offset=8, key_positions=positions)
+    )
+
+
 def test_another_encoding_gets_other_glyphs() -> None:
     assert read_back(drawn(Causal(), 2, encoding="ascii"), "#", ".") == ([0, 1], [[True, False], [True, True]])
+    outlined = drawn(Causal(), 2, block=1, encoding="ascii").splitlines()
+    assert outlined[1:6] == ["   +#--+.--+", "0  | # | . |", "   +#--+#--+", "1  | # | # |", "   +---+---+"]
+    _, _, states = read_tiles(drawn(Causal(), 2000, encoding="ascii"), 2000, ".:#")
+    assert {*states.reshape(-1)} == {0, 1, 2}
 
 
-def test_a_picture_that_does_not_fit_is_refused() -> None:
+def test_pairs_are_drawn_where_they_fit() -> None:
     assert len(read_back(drawn(Causal(), 60, width=64))[1][0]) == 60
-    with pytest.raises(ValueError, match="61 keys do not fit a console of 64 columns, which has room for 60"):
-        drawn(Causal(), 61, width=64)
+    assert read_tiles(drawn(Causal(), 61, width=64), 61)[0] == (4, 2)
+    assert len(read_outlines(drawn(Causal(), 12, block=4, width=20))) == 3
+    assert read_tiles(drawn(Causal(), 12, block=4, width=19), 12)[0] == (4, 4)
+
+
+def test_a_console_without_room_is_refused() -> None:
+    with pytest.raises(ValueError, match="a console of 6 columns has no room"):
+        drawn(Causal(), 1, offset=1000, width=6)
 
 
 def test_alignment_is_not_guessed() -> None:
@@ -216,8 +362,37 @@ def test_alignment_is_not_guessed() -> None:
         drawn(Causal(), 2, 3)
 
 
+@pytest.mark.parametrize("block", [0, (4, 0), (4, 4, 4), "4"])
+def test_a_block_that_is_none_is_refused(block: Any) -> None:
+    with pytest.raises((TypeError, ValueError), match="block must be"):
+        drawn(Causal(), 8, block=block)
+
+
+def test_only_masks_are_drawn() -> None:
+    with pytest.raises(TypeError, match=re.escape("mask must be a Mask, got bool[3, 3]; wrap it in Dense")):
+        show(jnp.ones((3, 3), bool), 3)  # pyright: ignore[reportArgumentType]
+
+
+def test_a_traced_mask_has_no_picture_and_another_has_one_inside_of_jit() -> None:
+    pictures: list[str] = []
+
+    @jax.jit
+    def traced(valid: jax.Array) -> jax.Array:
+        pictures.append(drawn(Causal() & Padding(np.ones((1, 3), bool)), 3))
+        with pytest.raises(TypeError, match="mask is being traced, and has no contents"):
+            drawn(Padding(valid), 3)
+        with pytest.raises(TypeError, match="offset is being traced"):
+            drawn(Causal(), 3, offset=valid.sum())
+        with pytest.raises(TypeError, match="tiles is being traced"):
+            Padding(valid).tiles(3, 3).show()
+        return valid
+
+    traced(jnp.ones((1, 3), bool))
+    assert pictures == [drawn(Causal(), 3)]
+
+
 def test_without_rich(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "rich.panel", None)
+    monkeypatch.setitem(sys.modules, "rich.console", None)
     with pytest.raises(ImportError, match=re.escape('pip install "jaxmask[cli]"')):
         show(Causal(), 2)
 
@@ -255,12 +430,23 @@ def test_command_show_writes_svg(tmp_path: Path) -> None:
     assert texts.count("■") == out.count("■")
 
 
+def test_command_show_outlines_tiles_and_draws_large_masks_by_them() -> None:
+    status, out, _ = run("show", "causal & chunked(4)", "--query", "8", "--block", "4")
+    assert status == 0
+    assert read_outlines(out) == [[1, 0], [0, 1]]
+    status, out, _ = run("show", "per_head(causal, full)", "--query", "131072")
+    assert status == 0
+    size, _, states = read_tiles(out, 131_072)
+    tiles = PerHead([Causal(), Full()]).tiles(131_072, 131_072, block=size)
+    np.testing.assert_array_equal(states.reshape(tiles.states.shape), tiles.states)
+
+
 @pytest.mark.parametrize(
     ("arguments", "problem"),
     [
         (["casual", "--query", "2"], "did you mean 'causal'?\n  casual\n  ^\n"),
         (["causal", "--query", "0"], "query_length must be at least 1"),
-        (["causal", "--query", "2", "--key", "500"], "500 keys do not fit"),
+        (["causal", "--query", "2", "--block", "0"], "block must be at least 1"),
         (["causal", "--query", "2", "--offset", "99999999999"], "fit an int32"),
         (["causal", "--query", "2", "--svg", "/nowhere/at/all.svg"], "/nowhere/at/all.svg"),
         (["causal"], "--query"),
