@@ -26,7 +26,8 @@ def integer(name: str, value: object, minimum: int) -> int:
             raise TypeError
         number = operator.index(value)  # pyright: ignore[reportArgumentType]
     except (TypeError, jax.errors.JAXTypeError):
-        raise TypeError(f"{name} must be a Python int, got {describe(value)}") from None
+        hint = "; it is static, so that its value must be known while tracing" if is_traced(value) else ""
+        raise TypeError(f"{name} must be a Python int, got {describe(value)}{hint}") from None
     if not minimum <= number <= INT32_MAX:
         raise ValueError(f"{name} must be at least {minimum} and fit an int32, got {number}")
     return number
@@ -58,6 +59,15 @@ def length(name: str, value: Length) -> Length:
     return integer(name, value, minimum=1)
 
 
+def block(value: object) -> tuple[int, int]:
+    """The number of queries and of keys in a tile: a pair of Python ints, or one for both."""
+    sizes = value if isinstance(value, tuple) else (value, value)
+    if isinstance(value, list) or len(sizes) != 2:
+        raise TypeError(f"block must be a Python int, or a tuple of two (queries, keys), got {describe(value)}")
+    queries, keys = (integer("block", size, minimum=1) for size in sizes)
+    return queries, keys
+
+
 def has_64_bits() -> bool:
     """Whether 64-bit mode is on, here and now: it may be switched for the process, a thread or a block."""
     return jnp.result_type(jnp.float64) == jnp.float64
@@ -87,7 +97,8 @@ def array(name: str, value: Any, kinds: str, *ranks: int, hint: str = "") -> Any
         raise TypeError(f"{name} must be {expected}, got {describe(value)}{hint}")
     if ranks and value.ndim not in ranks:
         expected = " or ".join(str(rank) for rank in ranks)
-        raise ValueError(f"{name} must have rank {expected}, got {describe(value)}")
+        hint = f"; for a single example, give {name}[None]" if value.ndim == 1 and 2 in ranks else ""
+        raise ValueError(f"{name} must have rank {expected}, got {describe(value)}{hint}")
     return value
 
 
@@ -118,6 +129,8 @@ def broadcasts_to(shape: tuple[int, ...], target: tuple[int, ...]) -> bool:
 def describe(value: object) -> str:
     """``value`` in a few words, for an error message: ``int32[2, 5]``, ``'causal'``, ``a Causal``."""
     shape, dtype = getattr(value, "shape", None), getattr(value, "dtype", None)
+    if isinstance(value, type):
+        return f"the class {value.__name__}"
     if shape is not None and dtype is not None:
         return f"{_torch_prefix(value)}{str(dtype).removeprefix('torch.')}[{', '.join(map(str, shape))}]"
     return repr(value) if isinstance(value, int | float | str | None | tuple) else f"a {type(value).__name__}"

@@ -129,7 +129,7 @@ class Chunked(Mask):
     """
 
     size: Scalar
-    start: Scalar | Int[Array, "batch"] = 0
+    start: Scalar | Int[Array | np.ndarray, "batch"] = 0
 
     def __post_init__(self) -> None:
         checks.scalar("size", self.size, minimum=1)
@@ -171,7 +171,7 @@ class Prefix(Mask):
              [ True,  True,  True]]]], dtype=bool)
     """
 
-    length: Scalar | Int[Array, "batch"]
+    length: Scalar | Int[Array | np.ndarray, "batch"]
 
     def __post_init__(self) -> None:
         checks.scalar("length", self.length, minimum=0, ranks=(0, 1))
@@ -478,7 +478,7 @@ class Predicate(Mask):
             raise TypeError(f"{name} of Predicate must return bool, got {checks.describe(result)} from {fn!r}")
         if not checks.broadcasts_to(result.shape, shape):
             raise ValueError(
-                f"{name} of Predicate must return a shape that broadcasts to {list(shape)}, got "
+                f"{name} of Predicate must return a shape that broadcasts to that of its arguments, {list(shape)}, got "
                 f"{checks.describe(result)} from {fn!r}"
             )
         return result
@@ -491,7 +491,7 @@ class PerHead(Mask):
         masks: as many as there are heads. One that is given for several heads is read once for them all.
 
     Raises:
-        TypeError: one of them is no mask.
+        TypeError: ``masks`` is no list or tuple, or one of them no mask.
         ValueError: there is none; one has heads of its own; or they disagree on a size.
 
     >>> from jaxmask import Full
@@ -506,8 +506,12 @@ class PerHead(Mask):
     masks: Sequence[Mask]
 
     def __post_init__(self) -> None:
-        if not isinstance(self.masks, list | tuple) or not self.masks:
-            raise ValueError(f"masks of PerHead must be a mask for each head, got {checks.describe(self.masks)}")
+        if not isinstance(self.masks, list | tuple):
+            raise TypeError(
+                f"masks of PerHead must be a list or a tuple, a mask for each head, got {checks.describe(self.masks)}"
+            )
+        if not self.masks:
+            raise ValueError("masks of PerHead must be a mask for each head, got none")
         object.__setattr__(self, "masks", tuple(self.masks))
         for head, mask in enumerate(self.masks):
             if not isinstance(mask, Mask):

@@ -21,9 +21,9 @@ from jaxmask.indices import Allowed, Index, iota, lookup
 from jaxmask.tiles import Bounds, Span, TileMap, from_bounds
 
 # A Python int is static structure; an array in its place is traced.
-Scalar = int | Int[Array, ""]
-Offset = int | Int[Array, ""] | Int[Array, "batch"]
-KeyPositions = Int[Array, "kv"] | Int[Array, "batch kv"]
+Scalar = int | Int[Array | np.ndarray, ""]
+Offset = int | Int[Array | np.ndarray, ""] | Int[Array | np.ndarray, "batch"]
+KeyPositions = Int[Array | np.ndarray, "kv"] | Int[Array | np.ndarray, "batch kv"]
 
 
 @dataclass_transform(eq_default=False, frozen_default=True)
@@ -203,8 +203,7 @@ class Mask:
          [1 2 1 0]
          [0 1 2 1]]
         """
-        queries, keys = block if isinstance(block, tuple) and len(block) == 2 else (block, block)
-        block = checks.integer("block", queries, minimum=1), checks.integer("block", keys, minimum=1)
+        block = checks.block(block)
         mask, query_length, key_length, first = _checked(self, query_length, key_length, offset, key_positions)
         static = not any(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves((mask, first)))
         states = (_states if static else _traced_states)(mask, query_length, key_length, first, block)
@@ -243,7 +242,8 @@ class Mask:
         arguments = [(getattr(self, field.name), field.default) for field in fields(self)]  # pyright: ignore[reportArgumentType]
         while arguments and arguments[-1][0] is arguments[-1][1]:
             arguments.pop()
-        return f"{type(self).__name__}({', '.join(checks.describe(value) for value, _ in arguments)})"
+        shown = (repr(value) if isinstance(value, Mask) else checks.describe(value) for value, _ in arguments)
+        return f"{type(self).__name__}({', '.join(shown)})"
 
     def _repr_html_(self) -> str:
         from jaxmask import draw
@@ -432,10 +432,8 @@ class _AtKeys(Mask):
     @property
     def shape(self) -> tuple[int, int, int]:
         batch, heads, _ = self.mask.shape
-        (positions,) = _as_rows(self.key_positions).shape[:1]
-        if positions != 1 and batch not in (1, positions):
-            raise ValueError(f"key_positions is for a batch of {positions}, but {self.mask!r} for one of {batch}")
-        return positions if batch == 1 else batch, heads, self.key_positions.shape[-1]
+        rows, kv = _as_rows(self.key_positions).shape
+        return rows if batch == 1 else batch, heads, kv
 
     def check_lengths(self, query_length: int, key_length: int, offset: Offset | None) -> None:
         pass  # positions are given, and any will do
@@ -449,6 +447,9 @@ class _AtKeys(Mask):
 
     def at_keys(self, key_positions: KeyPositions) -> Mask:
         return self
+
+    def __repr__(self) -> str:
+        return f"{self.mask!r}.at_keys({checks.describe(self.key_positions)})"
 
 
 class _Occupied(Mask):
@@ -498,10 +499,15 @@ def _checked(
                 "offset is missing: key_positions says where the keys are, but not where the queries; say offset=<the "
                 "position of the first query>"
             )
+        batch, rows = mask.shape[0], _as_rows(key_positions).shape[0]
+        if rows != 1 and batch not in (1, rows):
+            raise ValueError(f"key_positions is for a batch of {rows}, but {mask!r} for one of {batch}")
         # In fewer bits, a difference of positions could overflow.
         key_positions = key_positions.astype(np.int32)
-        mask = mask.at_keys(key_positions) & _AtKeys(_Occupied(), key_positions)
+        mask = mask.at_keys(key_positions)
     mask.check_lengths(query_length, key_length, offset)
+    if key_positions is not None:
+        mask = mask & _AtKeys(_Occupied(), key_positions)
     return mask, query_length, key_length, 0 if offset is None else offset
 
 

@@ -62,18 +62,19 @@ class Span:
         length = values.shape[self.axis]
         if length == 1:
             return values  # one for all
-        # The last tile may be ragged: to repeat its last value changes neither minimum nor maximum.
+        # The last tile may be ragged: to repeat its last value changes neither minimum nor maximum. Not by `pad`, which
+        # slices every axis, a sharded one too.
         xp = _library(values)
-        padding = [(0, 0)] * 4
-        padding[self.axis] = (0, -length % self.size)
-        values = xp.pad(values, padding, mode="edge")
+        last = values[(slice(None),) * self.axis + (slice(-1, None),)]
+        values = xp.concatenate((values, xp.repeat(last, -length % self.size, self.axis)), self.axis)
         tiled = values.reshape(*values.shape[: self.axis], -1, self.size, *values.shape[self.axis + 1 :])
         return getattr(xp, name)(tiled, axis=self.axis + 1)
 
 
 def from_bounds(some: Allowed, every: Allowed, shape: tuple[int, int, int, int]) -> Int8[Array | np.ndarray, "..."]:
     """EMPTY where not ``some`` pair may attend, FULL where ``every`` pair may, else PARTIAL."""
-    xp = _library(some, every)
+    # NumPy knows no symbolic dimensions of `jax.export`.
+    xp = jnp if any(map(jax.export.is_symbolic_dim, shape)) else _library(some, every)
     return xp.broadcast_to(xp.asarray(some, np.int8) + xp.asarray(every, np.int8), shape)
 
 

@@ -1,6 +1,7 @@
 """One exported program serves every platform and every batch size, with the bits of the direct call."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,13 +12,16 @@ from jax import export
 from jaxmask import (
     AttentionMaskConverter,
     Causal,
+    Chunked,
     Dense,
     Empty,
     Full,
     Mask,
     Padding,
+    PerHead,
     Predicate,
     Prefix,
+    Segments,
     SlidingWindow,
     Window,
     create_4d_causal_attention_mask,
@@ -45,6 +49,11 @@ def of_padding(valid: jax.Array) -> jax.Array:
     return valid[:, None, None, :] != (jnp.arange(Q) % 2)[:, None]
 
 
+def ids_of(valid: jax.Array) -> jax.Array:
+    """Ids of segments, a new one after each gap in the padding."""
+    return jnp.cumsum(~valid, axis=1, dtype=jnp.int32)
+
+
 # Each is a description made of what the batch brings: valid [b, kv], and positions [b].
 MASKS: dict[str, Callable[[jax.Array, jax.Array], Mask]] = {
     "Full": lambda valid, at: Full(),
@@ -56,7 +65,12 @@ MASKS: dict[str, Callable[[jax.Array, jax.Array], Mask]] = {
     "Window, unbounded": lambda valid, at: Window(None, 1),
     "Prefix": lambda valid, at: Prefix(2),
     "Prefix, per example": lambda valid, at: Prefix(at),
+    "Chunked": lambda valid, at: Chunked(2, 1),
+    "Chunked, traced, per example": lambda valid, at: Chunked(at.max(), at),
     "Padding": lambda valid, at: Padding(valid),
+    "Segments": lambda valid, at: Segments(ids_of(valid)),
+    "Segments, pair": lambda valid, at: Segments(ids_of(valid)[:, :Q], ids_of(valid), PAST),
+    "PerHead": lambda valid, at: PerHead([Causal(), Prefix(at), Padding(valid)]),
     "Dense": lambda valid, at: Dense(of_padding(valid), offset=PAST),
     "Predicate": lambda valid, at: Predicate(strided) & Padding(valid),
     "Not": lambda valid, at: ~Padding(valid),
@@ -66,7 +80,8 @@ MASKS: dict[str, Callable[[jax.Array, jax.Array], Mask]] = {
 }
 
 # Each reads valid [b, kv], a bias [b, 1, q, kv] and embeddings [b, q, 8].
-Operation = Callable[[jax.Array, jax.Array, jax.Array], jax.Array | None]
+Result = jax.Array | np.ndarray[Any, Any] | None
+Operation = Callable[[jax.Array, jax.Array, jax.Array], Result]
 OPERATIONS: dict[str, Operation] = {
     "to_causal_4d": lambda valid, bias, x: AttentionMaskConverter(True).to_causal_4d(x.shape[0], Q, KV, x.dtype),
     "to_causal_4d, window": lambda valid, bias, x: AttentionMaskConverter(True, 2).to_causal_4d(x.shape[0], Q, KV),
@@ -106,9 +121,7 @@ def mask_inputs(batch: int) -> tuple[jax.Array, jax.Array]:
     return inputs(batch)[0], jnp.arange(1, batch + 1, dtype=jnp.int32)
 
 
-def assert_exports(
-    function: Callable[..., jax.Array | None], arguments: Callable[[int], tuple[jax.Array, ...]]
-) -> None:
+def assert_exports(function: Callable[..., Result], arguments: Callable[[int], tuple[jax.Array, ...]]) -> None:
     """Assert that ``function``, exported once for a batch ``b``, gives the bits of the direct call for each batch."""
     (batch,) = export.symbolic_shape("b")
     specs = [jax.ShapeDtypeStruct((batch, *array.shape[1:]), array.dtype) for array in arguments(1)]
@@ -129,6 +142,49 @@ def test_dense_exports_with_a_symbolic_batch(mask: Callable[[jax.Array, jax.Arra
 @pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
 def test_bias_exports_with_a_symbolic_batch(mask: Callable[[jax.Array, jax.Array], Mask]) -> None:
     assert_exports(lambda valid, at: mask(valid, at).bias(Q, KV, jnp.bfloat16, offset=PAST), mask_inputs)
+
+
+@pytest.mark.parametrize("name", ["Causal", "SlidingWindow, traced", "Chunked", "Segments, pair", "PerHead", "nested"])
+def test_dense_at_positions_exports_with_a_symbolic_batch(name: str) -> None:
+    def program(valid: jax.Array, at: jax.Array) -> jax.Array:
+        positions = at[:, None] - jnp.arange(KV)  # empty slots, too
+        return MASKS[name](valid, at).dense(Q, KV, offset=PAST, key_positions=positions)
+
+    assert_exports(program, mask_inputs)
+
+
+@pytest.mark.parametrize("name", [name for name in MASKS if name not in ("Dense", "Segments, pair", "nested")])
+def test_dense_exports_with_symbolic_lengths(name: str) -> None:
+    def program(valid: jax.Array, at: jax.Array) -> jax.Array:
+        return MASKS[name](valid, at).dense(valid.shape[1], valid.shape[1])
+
+    batch, length = export.symbolic_shape("b, s")
+    specs = jax.ShapeDtypeStruct((batch, length), jnp.bool_), jax.ShapeDtypeStruct((batch,), jnp.int32)
+    exported = export.export(jax.jit(program), platforms=PLATFORMS)(*specs)
+    for size in (3, KV):
+        arguments = tuple(array[:, :size] if array.ndim == 2 else array for array in mask_inputs(2))
+        direct, called = program(*arguments), exported.call(*arguments)
+        assert (called.shape, called.dtype) == (direct.shape, direct.dtype)
+        np.testing.assert_array_equal(called, direct)
+
+
+@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
+def test_tiles_export_with_a_symbolic_batch(mask: Callable[[jax.Array, jax.Array], Mask]) -> None:
+    assert_exports(
+        lambda valid, at: mask(valid, at).tiles(Q, KV, block=(2, 4), offset=PAST + 0 * at).states, mask_inputs
+    )
+
+
+def test_tiles_export_with_symbolic_lengths_in_whole_tiles() -> None:
+    def program(valid: jax.Array) -> jax.Array:
+        mask = (Causal() & Segments(ids_of(valid)) | Prefix(1)) & Padding(valid)
+        return jnp.asarray(mask.tiles(valid.shape[1], valid.shape[1], block=2).states)
+
+    batch, tiles = export.symbolic_shape("b, n")
+    exported = export.export(jax.jit(program), platforms=PLATFORMS)(jax.ShapeDtypeStruct((batch, 2 * tiles), jnp.bool_))
+    for size in (2, KV):
+        valid = mask_inputs(3)[0][:, :size]
+        np.testing.assert_array_equal(exported.call(valid), program(valid))
 
 
 @pytest.mark.parametrize("operation", OPERATIONS.values(), ids=OPERATIONS)

@@ -5,9 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxmask import Causal, Mask, Padding
+from jaxmask import EMPTY, PARTIAL, Causal, Mask, Padding, PerHead
 from jaxmask.indices import Allowed, Index
 from jaxmask.mask import Scalar
+from jaxmask.tiles import Bounds, Span
 
 
 class Dilated(Mask):
@@ -15,6 +16,18 @@ class Dilated(Mask):
 
     def allows(self, b: Index, h: Index, q: Index, kv: Index) -> Allowed:
         return (q - kv) % self.step == 0
+
+
+class Ahead(Mask):
+    """The keys that are some positions ahead of a query, or more; it knows its bounds."""
+
+    distance: Scalar
+
+    def allows(self, b: Index, h: Index, q: Index, kv: Index) -> Allowed:
+        return kv - q >= self.distance
+
+    def tile_bounds(self, b: Index, h: Index, q: Span, kv: Span) -> Bounds:
+        return kv.max - q.min >= self.distance, kv.min - q.max >= self.distance
 
 
 LENGTH = 6
@@ -65,6 +78,30 @@ def test_a_new_leaf_compares_and_hashes_by_its_static_integers() -> None:
 def test_a_new_leaf_is_immutable() -> None:
     with pytest.raises(AttributeError):
         Dilated(2).step = 3  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def test_a_new_leaf_reads_positions_of_keys() -> None:
+    positions = jnp.array([4, 5, 0, 1, -1, 3])
+    allowed = Dilated(2).dense(1, LENGTH, offset=3, key_positions=positions)[0, 0, 0]
+    np.testing.assert_array_equal(allowed, [False, True, False, True, False, True])
+
+
+def test_a_new_leaf_is_one_of_the_heads() -> None:
+    allowed = PerHead([Dilated(2), Causal()]).dense(LENGTH, LENGTH)
+    np.testing.assert_array_equal(allowed[0], [BY_TWO, KEYS <= QUERIES])
+
+
+def test_a_new_leaf_without_bounds_is_partial_until_another_mask_knows_better() -> None:
+    assert (Dilated(2).tiles(LENGTH, LENGTH, block=2).states == PARTIAL).all()
+    np.testing.assert_array_equal(
+        (Causal() & Dilated(2)).tiles(LENGTH, LENGTH, block=2).states[0, 0] == EMPTY, np.triu(np.ones((3, 3)), 1)
+    )
+
+
+def test_a_new_leaf_says_which_tiles_are_empty_or_full() -> None:
+    expected = [[1, 2, 2], [0, 1, 2], [0, 0, 1]]
+    for distance in (1, jnp.asarray(1)):
+        np.testing.assert_array_equal(Ahead(distance).tiles(LENGTH, LENGTH, block=2).states[0, 0], expected)
 
 
 def test_a_leaf_without_a_meaning_says_so() -> None:

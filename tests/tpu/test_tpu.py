@@ -17,10 +17,13 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxmask import (
     AttentionMaskConverter,
     Causal,
+    Chunked,
     Dense,
     Mask,
     Padding,
+    PerHead,
     Prefix,
+    Segments,
     SlidingWindow,
     Window,
     create_4d_causal_attention_mask,
@@ -43,9 +46,22 @@ SHORT_VALID = jax.ShapeDtypeStruct(SHORT, jnp.bool_)
 SHORT_EMBEDS = jax.ShapeDtypeStruct((*SHORT, 8), jnp.bfloat16)
 SHORT_BIAS = jax.ShapeDtypeStruct((2, 1, 256, 256), jnp.float32)
 
+
+def ids_of(valid: jax.Array) -> jax.Array:
+    """Ids of segments, a new one after each gap in the padding."""
+    return jnp.cumsum(~valid, axis=1, dtype=jnp.int32)
+
+
 Operation = Callable[[jax.Array, jax.Array, jax.Array], jax.Array | None]
 OPERATIONS: dict[str, Operation] = {
     "dense": lambda valid, x, bias: ((Causal() | Prefix(3)) & Padding(valid) & ~Window(1, 1)).dense(256, 256),
+    "dense, packed documents": lambda valid, x, bias: (Causal() & Segments(ids_of(valid)) & Chunked(64)).dense(
+        256, 256
+    ),
+    "dense, heads": lambda valid, x, bias: PerHead([Causal(), Padding(valid)]).dense(256, 256),
+    "dense, ring buffer": lambda valid, x, bias: (SlidingWindow(64) & Padding(valid)).dense(
+        1, 256, offset=300, key_positions=jnp.arange(256) + 45
+    ),
     "bias": lambda valid, x, bias: (SlidingWindow(64) & Dense(bias == 0)).bias(256, 256, jnp.bfloat16),
     "to_causal_4d": lambda valid, x, bias: WINDOWED.to_causal_4d(2, 256, 256),
     "to_4d": lambda valid, x, bias: WINDOWED.to_4d(valid, 256, 256),
@@ -69,6 +85,20 @@ MASKS: dict[str, Callable[[jax.Array], Mask]] = {
     "SlidingWindow": lambda valid: SlidingWindow(128),
     "Padding": lambda valid: Padding(valid),
     "Causal & Padding": lambda valid: Causal() & Padding(valid),
+    "Causal & Chunked": lambda valid: Causal() & Chunked(128),
+    "Causal & Segments": lambda valid: Causal() & Segments(ids_of(valid)),
+}
+
+# At a length of which a bool for each pair would take 16 GiB.
+LONG, BLOCK = 131_072, 1024
+LONG_VALID = jax.ShapeDtypeStruct((BATCH, LONG), jnp.bool_)
+WINDOW = jax.ShapeDtypeStruct((), jnp.int32)
+TILED: dict[str, Callable[[jax.Array, jax.Array], Mask]] = {
+    "window per layer": lambda valid, window: SlidingWindow(window),
+    "padding": lambda valid, window: Causal() & Padding(valid),
+    "packed documents": lambda valid, window: Causal() & Segments(ids_of(valid)),
+    "chunks": lambda valid, window: Causal() & Chunked(window, jnp.sum(~valid, axis=1)),
+    "heads": lambda valid, window: PerHead([Causal(), SlidingWindow(window) | Prefix(4)]) & ~Padding(valid),
 }
 
 
@@ -79,10 +109,15 @@ def v5e() -> NamedSharding:
     return NamedSharding(Mesh(np.array(topology.devices[:1]), ("x",)), PartitionSpec())
 
 
-def compile_for_tpu(function: Callable[..., Any], *specs: jax.ShapeDtypeStruct) -> str:
-    """The program that ``function`` becomes on a TPU, as text."""
+def compiled_for_tpu(function: Callable[..., Any], *specs: jax.ShapeDtypeStruct) -> Any:
+    """The program that ``function`` becomes on a TPU."""
     placed = [jax.ShapeDtypeStruct(spec.shape, spec.dtype, sharding=v5e()) for spec in specs]
-    text = jax.jit(function).lower(*placed).compile().as_text()
+    return jax.jit(function).lower(*placed).compile()
+
+
+def compile_for_tpu(function: Callable[..., Any], *specs: jax.ShapeDtypeStruct) -> str:
+    """The same, as text."""
+    text = compiled_for_tpu(function, *specs).as_text()
     assert text is not None
     return text
 
@@ -115,6 +150,19 @@ def written_by_softmax() -> Counter[tuple[str, int]]:
 @pytest.mark.parametrize("operation", OPERATIONS.values(), ids=OPERATIONS)
 def test_operation_compiles_for_tpu(operation: Operation) -> None:
     assert "ENTRY" in compile_for_tpu(operation, SHORT_VALID, SHORT_EMBEDS, SHORT_BIAS)
+
+
+@pytest.mark.parametrize("mask", TILED.values(), ids=TILED)
+def test_tiles_of_a_traced_mask_take_memory_for_tiles_and_not_for_pairs(
+    mask: Callable[[jax.Array, jax.Array], Mask],
+) -> None:
+    def program(valid: jax.Array, window: jax.Array, offset: jax.Array) -> tuple[Any, ...]:
+        tiles = mask(valid, window).tiles(LONG, LONG, block=BLOCK, offset=offset)
+        return tiles.states, tiles.kv_counts, tiles.kv_indices
+
+    memory = compiled_for_tpu(program, LONG_VALID, WINDOW, WINDOW).memory_analysis()
+    # Some arrays of the size of the lengths. Ids that are gathered at a traced offset take a row of 128 lanes each.
+    assert memory.temp_size_in_bytes + memory.output_size_in_bytes < 128 * 8 * LONG < LONG * LONG / 100
 
 
 def masked_softmax(scores: jax.Array, mask: Mask) -> jax.Array:
