@@ -8,6 +8,8 @@ Array([[[[False, False, False],
          [False,  True,  True]]]], dtype=bool)
 """
 
+from typing import TYPE_CHECKING, Any
+
 from jaxmask.bias import unmask_unattended
 from jaxmask.converter import (
     AttentionMaskConverter,
@@ -35,6 +37,9 @@ from jaxmask.leaves import (
 )
 from jaxmask.mask import Empty, Full, Mask
 from jaxmask.tiles import EMPTY, FULL, PARTIAL, TileMap
+
+if TYPE_CHECKING:
+    from jaxmask.kernels.splash import to_splash
 
 __all__ = [
     "EMPTY",
@@ -65,5 +70,15 @@ __all__ = [
     "prepare_4d_causal_attention_mask",
     "prepare_4d_causal_attention_mask_for_sdpa",
     "show",
+    "to_splash",
     "unmask_unattended",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    # Pallas takes a while to import, and few need it.
+    if name == "to_splash":
+        from jaxmask.kernels.splash import to_splash
+
+        return to_splash
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,7 +1,11 @@
 """Both sides agree, and the comparison that says so can fail."""
 
 import json
+import re
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,10 +19,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import modeling_attn_mask_utils as transformers_masks
 
 import jaxmask
+from jaxmask import Causal, TileMap
+from jaxmask.hf import masking_utils as jax_masking_utils
 from jaxmask.hf import modeling_attn_mask_utils as jax_masks
-from torch_compat import minilm, verify
+from torch_compat import cases, masking_cases, minilm, tiny_models, verify
+from torch_compat.blocks import to_block_mask
 from torch_compat.bridge import to_jax, to_torch
-from torch_compat.cases import DTYPES, OPERATIONS, generate, text_masks
+from torch_compat.cases import DTYPES, text_masks
+from torch_compat.verify import OPERATIONS, generate
 
 JAX_DTYPES = [jnp.bool_, jnp.int32, jnp.int64, jnp.float32, jnp.float16, jnp.bfloat16, jnp.float64]
 HF_NAMES = {
@@ -37,48 +45,109 @@ HF_NAMES = {
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("operation", OPERATIONS)
+@pytest.mark.parametrize("operation", cases.OPERATIONS)
 def test_operation_has_the_bits_of_both_oracles(operation: str, dtype: str) -> None:
     for row in verify.compare_operation(operation, dtype, list(verify.ORACLES), cases=40, seed=7):
         assert row.first_difference is None
         assert row.cases >= 30
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float64"])
+@pytest.mark.parametrize("operation", masking_cases.OPERATIONS)
+def test_operation_of_masking_utils_has_the_bits_of_transformers(operation: str, dtype: str) -> None:
+    [row] = verify.compare_operation(operation, dtype, list(verify.ORACLES), cases=10, seed=7)
+    assert row.first_difference is None
+    assert (row.oracle, row.cases) == ("transformers", 10)
+
+
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_cases_of_an_operation_are_mostly_answered(operation: str) -> None:
     """Errors that agree are few: a comparison of errors alone would show nothing."""
+    count = 60 if operation in cases.OPERATIONS else 9
     with verify._precision("float32"):
-        results = [verify.call_jax(case) for case in generate(operation, "float32", 60, seed=1)]
-    assert sum(isinstance(result, Exception) for result in results) < 20
+        results = [verify.call_jax(case) for case in generate(operation, "float32", count, seed=1)]
+    assert sum(isinstance(result, Exception) for result in results) < count // 3
+
+
+def test_generated_cases_are_of_every_kind() -> None:
+    """Each way of calling what makes a model's mask is there: caches of every kind, overlays, all implementations."""
+    made = [
+        case
+        for operation in masking_cases.OPERATIONS
+        if operation.startswith("create_")
+        for case in generate(operation, "float32", 240, seed=0)
+    ]
+    configs = {case.arguments["config"] for case in made}
+    assert {config.implementation for config in configs} == set(masking_cases.IMPLEMENTATIONS)
+    assert {config.is_causal for config in configs} == {None, True, False}
+    caches = {case.arguments["past_key_values"] for case in made}
+    kinds = {None if cache is None else (cache.kind, cache.stand_in) for cache in caches}
+    assert kinds == {None} | {(k, s) for k in ("dynamic", "static", "layers", "mtp") for s in (None, "ints", "arrays")}
+    assert {len(layer_types) for layer_types in (cache.layer_types for cache in caches if cache)} == {1, 2, 3}
+    used = {name for case in made for name, value in case.arguments.items() if value is not None}
+    assert used >= {
+        "position_ids",
+        "or_mask_function",
+        "and_mask_function",
+        "block_sequence_ids",
+        "encoder_hidden_states",
+        "layer_idx",
+        "allow_is_causal_skip",
+        "allow_is_bidirectional_skip",
+    }
+    masks = [case.arguments["attention_mask"] for case in made if case.arguments["attention_mask"] is not None]
+    assert {mask.ndim for mask in masks} == {2, 4}
+    # On the left, on the right, on both sides and on none.
+    ends = {((mask[:, 0] == 0).any().item(), (mask[:, -1] == 0).any().item()) for mask in masks if mask.ndim == 2}
+    assert len(ends) == 4
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_an_injected_fault_fails_and_is_named(operation: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    *owner, name = HF_NAMES[operation].split(".")
-    target = getattr(jax_masks, owner[0]) if owner else jax_masks
+    of_masking_utils = operation in masking_cases.OPERATIONS
+    *owner, name = [operation] if of_masking_utils else HF_NAMES[operation].split(".")
+    module = jax_masking_utils if of_masking_utils else jax_masks
+    target = getattr(module, owner[0]) if owner else module
     original = getattr(target, name)
 
     def faulty(*args: object, **kwargs: object) -> object:
-        result = original(*args, **kwargs)
-        return _flip_last_sign(result) if isinstance(result, jax.Array) else not result
+        return _damaged(original(*args, **kwargs))
 
     is_static = bool(owner) and isinstance(target.__dict__[name], staticmethod)
     monkeypatch.setattr(target, name, staticmethod(faulty) if is_static else faulty)
     console = Console(record=True, width=100)
     report = tmp_path / "report.json"
-    beside = next(name for name in OPERATIONS if name != operation)
+    beside = next(name for name in cases.OPERATIONS if name != operation)
+    oracle = "transformers" if of_masking_utils else "reference"
     status = verify.run(
         cases=15,
         operations=[beside, operation],
         dtypes=["float32"],
-        oracles=["reference"],
+        oracles=[oracle],
         report=report,
         console=console,
     )
     assert status == 1
     wrong = [row["operation"] for row in json.loads(report.read_text())["rows"] if row["equal"] < row["cases"]]
     assert wrong == [operation]
-    assert f"{operation}, float32, against reference" in console.export_text()
+    assert f"{operation}, float32, against {oracle}" in console.export_text()
+
+
+def _damaged(result: Any) -> object:
+    """The smallest of faults in whatever came back."""
+    if isinstance(result, jax.Array):
+        return _flip_last_sign(result)
+    if isinstance(result, TileMap):
+        last = result.states[-1, -1, -1, -1]
+        states = np.array(result.states)
+        states[-1, -1, -1, -1] = jaxmask.FULL if last == jaxmask.EMPTY else jaxmask.EMPTY
+        return replace(result, states=states)
+    if isinstance(result, dict):
+        name, mask = list(result.items())[-1]
+        return result | {name: _damaged(mask)}
+    if callable(result):
+        return lambda *pair: _damaged(result(*pair))
+    return not result if isinstance(result, bool | None) else result + 1
 
 
 def _flip_last_sign(array: jax.Array) -> jax.Array:
@@ -97,6 +166,22 @@ def test_run_without_difference_ends_with_status_0_and_a_report(tmp_path: Path) 
     assert content["comparisons"] == 6
     assert {row["oracle"] for row in content["rows"]} == {"reference", "transformers"}
     assert "6 comparisons, bit for bit: 0 differences" in console.export_text()
+
+
+def test_tables_say_which_oracles_the_operations_have() -> None:
+    console = Console(record=True, width=100)
+    operations = ["expand_mask", "chunked_overlay"]
+    assert verify.run(cases=2, operations=operations, dtypes=["float32"], console=console) == 0
+    printed = console.export_text()
+    both, alone = re.search(r"equal to\s+reference and\s+transformers", printed), printed.index("equal to transformers")
+    assert both is not None
+    assert both.start() < printed.rindex("expand_mask") < alone < printed.rindex("chunked_overlay")
+    assert "6 comparisons" in printed
+
+
+def test_an_operation_without_an_oracle_is_refused_or_left_out() -> None:
+    with pytest.raises(ValueError, match="'chunked_overlay' is compared with transformers alone"):
+        verify.run(operations=["expand_mask", "chunked_overlay"], oracles=["reference"])
 
 
 @pytest.mark.parametrize("arguments", [{"operations": ["to_5d"]}, {"dtypes": ["int8"]}, {"oracles": ["me"]}])
@@ -119,6 +204,23 @@ def test_compare_tells_none_from_a_mask_and_true_from_false() -> None:
     assert verify.compare(None, torch.zeros(1)) is not None
     assert verify.compare(None, None) is None
     assert verify.compare(True, False) is not None
+
+
+def test_compare_looks_into_dicts() -> None:
+    ours, theirs = {"a": jnp.zeros(2), "b": None}, {"b": None, "a": torch.zeros(2)}
+    assert verify.compare(ours, theirs) is None
+    assert verify.compare(ours, {"a": torch.zeros(2)}) is not None
+    assert verify.compare(ours, theirs | {"b": torch.zeros(2)}) is not None
+
+
+@pytest.mark.parametrize("part", ["kv_num_blocks", "kv_indices", "full_q_indices", "seq_lengths"])
+def test_compare_looks_at_every_part_of_a_block_mask(part: str) -> None:
+    tiles = Causal().tiles(300, 300)
+    theirs = to_block_mask(tiles)
+    assert verify.compare(tiles, theirs) is None
+    value = getattr(theirs, part)
+    setattr(theirs, part, value + 1 if isinstance(value, torch.Tensor) else (300, 299))
+    assert part in str(verify.compare(tiles, theirs))
 
 
 def test_compare_takes_errors_of_one_kind_as_equal() -> None:
@@ -172,6 +274,38 @@ def test_real_model_has_the_same_hidden_states_under_our_mask(attention: str) ->
     assert result.layers == 7
     assert result.identical_layers == result.layers
     assert result.mask_matters
+
+
+@pytest.mark.parametrize("name", tiny_models.MODELS)
+def test_models_of_transformers_have_the_same_outputs_under_our_masks(name: str) -> None:
+    result = tiny_models.check(name)
+    steps = 1 if name == "BERT" else 1 + tiny_models.STEPS
+    assert result.outputs == result.runs * steps
+    assert result.identical_outputs == result.outputs
+    assert result.masks >= result.outputs
+    assert result.mask_matters
+
+
+@pytest.mark.parametrize("name", ["create_causal_mask", "create_sliding_window_causal_mask"])
+def test_a_fault_in_a_mask_shows_in_a_model(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    original: Callable[..., Any] = getattr(jax_masking_utils, name)
+
+    def faulty(*args: Any, **kwargs: Any) -> Any:
+        mask = original(*args, **kwargs)
+        # The last query of the last example, which is no padding, does not see itself.
+        hidden = False if mask.dtype == jnp.bool_ else jnp.finfo(mask.dtype).min
+        return mask if mask.shape[2] > 1 else mask.at[-1, :, -1, 3].set(hidden)
+
+    monkeypatch.setattr(jax_masking_utils, name, faulty)
+    result = tiny_models.check("Gemma-2")
+    assert result.identical_outputs < result.outputs
+    assert not result.identical
+
+
+def test_a_model_that_makes_no_mask_shows_nothing() -> None:
+    result = tiny_models.ModelCheck("a model", ("eager",), 1, 9, 9, masks=0, mask_matters=True)
+    assert not result.identical
+    assert "0 masks" in result.describe()
 
 
 def test_real_texts_are_padded_on_both_sides() -> None:

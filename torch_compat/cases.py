@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import Any, Literal
 
 import ml_dtypes
 import numpy as np
@@ -34,11 +35,40 @@ TEXTS = (
 
 
 @dataclass(frozen=True)
-class Embeds:
+class Side:
+    """One of the frameworks, where a case is called: its modules, its arrays and its dtype."""
+
+    modeling_attn_mask_utils: ModuleType
+    masking_utils: ModuleType
+    array: Callable[[np.ndarray], Any]
+    zeros: Callable[[tuple[int, ...], Any], Any]
+    dtype: Any
+    is_torch: bool
+
+    def value(self, argument: Any) -> Any:
+        """An argument of a case as this side takes it."""
+        if isinstance(argument, OnSide):
+            return argument.on(self)
+        return self.array(argument) if isinstance(argument, np.ndarray) else argument
+
+
+class OnSide:
+    """An argument that each side makes for itself."""
+
+    def on(self, side: Side) -> Any:
+        """What the functions of ``side`` are given."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Embeds(OnSide):
     """A stand-in for ``inputs_embeds``, of which only shape and dtype are read."""
 
     batch_size: int
     query_length: int
+
+    def on(self, side: Side) -> Any:
+        return side.zeros((self.batch_size, self.query_length, 8), side.dtype)
 
 
 @dataclass(frozen=True)
@@ -55,10 +85,15 @@ class Case:
     needs_dtype: bool = True
     # Transformers has no answer where PyTorch refuses to subtract a bool mask from one.
     transformers: bool = True
+    module: Literal["modeling_attn_mask_utils", "masking_utils"] = "modeling_attn_mask_utils"
+    positional: tuple[Any, ...] = ()
+    # The indices (batch, head, query, key) at which a mask function is read.
+    grid: dict[str, np.ndarray] | None = None
 
     def describe(self) -> str:
         """The call with its inputs in full, to be read and repeated by a person."""
-        arguments = ", ".join(f"{name}={_describe(value)}" for name, value in self.arguments.items())
+        named = [f"{name}={_describe(value)}" for name, value in self.arguments.items()]
+        arguments = ", ".join([*map(_describe, self.positional), *named])
         converter = "" if self.converter is None else f"{self.converter}"
         return f"{self.operation.replace('.', converter + '.')}({arguments}) in {self.dtype}"
 

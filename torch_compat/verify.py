@@ -1,14 +1,15 @@
 """Run jaxmask and PyTorch on the same inputs, compare bit for bit, and report.
 
-jaxmask is called by Transformers' own names and signatures (:mod:`jaxmask.hf.modeling_attn_mask_utils`), so that one
-call, with its arrays in either framework, runs on every side.
+jaxmask is called by Transformers' own names and signatures (:mod:`jaxmask.hf`), so that one call, with its arrays in
+either framework, runs on every side.
 """
 
 import json
 import warnings
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -20,15 +21,27 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
+from transformers import masking_utils as transformers_masking_utils
 from transformers import modeling_attn_mask_utils as transformers_masks
 
+from jaxmask import TileMap
+from jaxmask.hf import masking_utils as jax_masking_utils
 from jaxmask.hf import modeling_attn_mask_utils as jax_masks
-from torch_compat import minilm, reference
+from torch_compat import cases as older_cases
+from torch_compat import masking_cases, minilm, reference, tiny_models
+from torch_compat.blocks import to_block_mask
 from torch_compat.bridge import to_torch
-from torch_compat.cases import DTYPES, OPERATIONS, Case, Embeds, generate
+from torch_compat.cases import DTYPES, Case, Side
 
 ORACLES: dict[str, ModuleType] = {"reference": reference, "transformers": transformers_masks}
+OPERATIONS = (*older_cases.OPERATIONS, *masking_cases.OPERATIONS)
 DEFAULT_CASES = 240
+MODELS: tuple[Callable[[], minilm.ModelCheck | tiny_models.ModelCheck], ...] = (
+    partial(minilm.check, "eager"),
+    partial(minilm.check, "sdpa"),
+    *(partial(tiny_models.check, name) for name in tiny_models.MODELS),
+)
 
 
 @dataclass
@@ -52,9 +65,13 @@ def compare(ours: object, theirs: object) -> str | None:
             if not isinstance(ours, TypeError) and _error_kind(ours) == _error_kind(theirs)
             else f"ours {ours!r}, theirs {theirs!r}"
         )
-    if not isinstance(ours, jax.Array) or not isinstance(theirs, torch.Tensor):
+    if isinstance(ours, dict) and isinstance(theirs, dict):
+        return _compare_each(ours, theirs)
+    if isinstance(ours, TileMap) and isinstance(theirs, BlockMask):
+        return _compare_each(_parts(to_block_mask(ours)), _parts(theirs))
+    if not isinstance(ours, jax.Array | torch.Tensor) or not isinstance(theirs, torch.Tensor):
         return None if type(ours) is type(theirs) and ours == theirs else f"ours {ours!r}, theirs {theirs!r}"
-    converted = to_torch(ours)
+    converted = to_torch(ours) if isinstance(ours, jax.Array) else ours
     if converted.dtype != theirs.dtype or converted.shape != theirs.shape:
         return f"ours {converted.dtype}{list(converted.shape)}, theirs {theirs.dtype}{list(theirs.shape)}"
     differs = (_bits(converted) != _bits(theirs)).nonzero()
@@ -62,6 +79,21 @@ def compare(ours: object, theirs: object) -> str | None:
         return None
     index = tuple(differs[0].tolist())
     return f"{len(differs)} elements, the first at {index}: ours {converted[index]!r}, theirs {theirs[index]!r}"
+
+
+def _compare_each(ours: dict[str, Any], theirs: dict[str, Any]) -> str | None:
+    if ours.keys() != theirs.keys():
+        return f"ours {sorted(ours)}, theirs {sorted(theirs)}"
+    differences = ((name, compare(ours[name], theirs[name])) for name in ours)
+    return next((f"{name}: {difference}" for name, difference in differences if difference is not None), None)
+
+
+def _parts(mask: BlockMask) -> dict[str, Any]:
+    """All that a ``BlockMask`` is but its function."""
+    names = [
+        f"{full}{axis}_{what}" for full in ("", "full_") for axis in ("kv", "q") for what in ("num_blocks", "indices")
+    ]
+    return {name: getattr(mask, name) for name in (*names, "seq_lengths", "BLOCK_SIZE")}
 
 
 def _bits(tensor: torch.Tensor) -> torch.Tensor:
@@ -77,40 +109,73 @@ def _error_kind(value: object) -> type[Exception] | None:
     return ValueError if isinstance(value, RuntimeError) and not isinstance(value, NotImplementedError) else type(value)
 
 
+def generate(operation: str, dtype: str, count: int, seed: int) -> Iterator[Case]:
+    """``count`` cases of an operation, by its public name; the same for the same seed."""
+    return _cases_of(operation).generate(operation, dtype, count, seed)
+
+
+def _cases_of(operation: str) -> ModuleType:
+    return masking_cases if operation in masking_cases.OPERATIONS else older_cases
+
+
+def oracles_of(operation: str) -> tuple[str, ...]:
+    """The oracles that an operation can be compared with."""
+    return ("transformers",) if _cases_of(operation) is masking_cases else tuple(ORACLES)
+
+
+def jax_side(dtype: str, array: Callable[[np.ndarray], Any] = jnp.asarray) -> Side:
+    """Where a case is called in JAX."""
+    return Side(jax_masks, jax_masking_utils, array, jnp.zeros, jnp.dtype(DTYPES[dtype]), is_torch=False)
+
+
 def call_jax(case: Case) -> object:
     """The case's result in JAX, or the exception."""
-    return _call(jax_masks, case, jnp.dtype(DTYPES[case.dtype]), np.asarray, jnp.zeros)
+    # Tiles are found by NumPy where arrays are of NumPy; functions of older masks take either.
+    array = jnp.asarray if case.module == "masking_utils" and case.operation != "flex_attention_mask" else np.asarray
+    return _call(jax_side(case.dtype, array), case)
 
 
 def call_torch(oracle: str, case: Case) -> object:
     """The case's result in PyTorch, or the exception."""
     dtype = getattr(torch, case.dtype)
-    return _call(ORACLES[oracle], case, dtype, _tensor, lambda shape, dtype: torch.zeros(shape, dtype=dtype))
+    result = _call(
+        Side(
+            ORACLES[oracle],
+            transformers_masking_utils,
+            _tensor,
+            lambda shape, dtype: torch.zeros(shape, dtype=dtype),
+            dtype,
+            True,
+        ),
+        case,
+    )
+    # PyTorch counts in int64, which JAX has in 64-bit mode only.
+    is_index = isinstance(result, torch.Tensor) and result.dtype == torch.int64 and case.module == "masking_utils"
+    return result.to(torch.int32) if is_index and case.dtype != "float64" else result
 
 
-def _call(
-    module: ModuleType,
-    case: Case,
-    dtype: object,
-    convert: Callable[[np.ndarray], object],
-    zeros: Callable[..., object],
-) -> object:
-    def value(argument: object) -> object:
-        if isinstance(argument, Embeds):
-            return zeros((argument.batch_size, argument.query_length, 8), dtype)
-        return convert(argument) if isinstance(argument, np.ndarray) else argument
-
+def _call(side: Side, case: Case) -> Any:
     try:
-        arguments = {name: value(argument) for name, argument in case.arguments.items()}
+        arguments = {name: side.value(argument) for name, argument in case.arguments.items()}
         if case.needs_dtype:
-            arguments["dtype"] = dtype
+            arguments["dtype"] = side.dtype
         *owner, name = case.operation.split(".")
-        target: Any = getattr(module, owner[0]) if owner else module
+        target: Any = getattr(side, case.module)
+        target = getattr(target, owner[0]) if owner else target
         if case.converter is not None:
             target = target(*case.converter)
-        return getattr(target, name)(**arguments)
+        result = getattr(target, name)(*map(side.value, case.positional), **arguments)
+        return result if case.grid is None else _at_pairs(side, result, case.grid)
     except Exception as error:
         return error
+
+
+def _at_pairs(side: Side, result: Any, grid: dict[str, np.ndarray]) -> Any:
+    """A mask function, or what it said, in full: one bool for each pair."""
+    indices = [side.value(index) for index in grid.values()]
+    allowed: Any = result(*indices) if callable(result) else result
+    shape = np.broadcast_shapes(*(index.shape for index in grid.values()))
+    return (torch if side.is_torch else jnp).broadcast_to(allowed, shape)
 
 
 def _tensor(array: np.ndarray) -> torch.Tensor:
@@ -123,20 +188,29 @@ def _tensor(array: np.ndarray) -> torch.Tensor:
 
 @contextmanager
 def _precision(dtype: str) -> Generator[None]:
-    """float64 as its users set it up: 64-bit mode in JAX, the default dtype in PyTorch (Transformers fills in that)."""
+    """float64 as its users set it up: 64-bit mode in JAX, the default dtype in PyTorch (Transformers fills in that).
+
+    And block masks without the compiler, which for each of them costs more than all else.
+    """
     default = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64 if dtype == "float64" else default)
+    setattr(transformers_masking_utils, "create_block_mask", _block_mask_without_compiler)  # noqa: B010
     try:
         with jax.enable_x64(dtype == "float64"), warnings.catch_warnings():
             warnings.filterwarnings("ignore", "The attention mask API under", FutureWarning)
             yield
     finally:
         torch.set_default_dtype(default)
+        setattr(transformers_masking_utils, "create_block_mask", create_block_mask)  # noqa: B010
+
+
+def _block_mask_without_compiler(*arguments: Any, _compile: bool, **more: Any) -> BlockMask:
+    return create_block_mask(*arguments, **more)
 
 
 def compare_operation(operation: str, dtype: str, oracles: Sequence[str], cases: int, seed: int) -> list[Row]:
-    """One row per oracle over the same generated cases."""
-    rows = [Row(operation, dtype, oracle) for oracle in oracles]
+    """One row per oracle over the same generated cases, of the oracles that the operation has."""
+    rows = [Row(operation, dtype, oracle) for oracle in oracles if oracle in oracles_of(operation)]
     with _precision(dtype):
         for case in generate(operation, dtype, cases, seed):
             ours = call_jax(case)
@@ -165,19 +239,23 @@ def run(
     Args:
         cases: number of cases per operation and dtype; 240 unless given.
         seed: of the generated inputs.
-        operations, dtypes, oracles: names; all of them unless given.
+        operations, dtypes, oracles: names; all of them unless given. The models are run where all operations are.
         report: a file for the rows as JSON.
         console: where to print.
 
     Raises:
-        ValueError: an unknown name, or a number of cases that is not positive.
+        ValueError: an unknown name; an operation that none of the oracles has; a number of cases that is not positive.
     """
     cases = DEFAULT_CASES if cases is None else cases
     if cases < 1:
         raise ValueError(f"cases must be at least 1, got {cases}")
-    operations = _known("op", operations, OPERATIONS)
     dtypes = _known("dtype", dtypes, tuple(DTYPES))
     oracles = _known("oracle", oracles, tuple(ORACLES))
+    comparable = tuple(operation for operation in OPERATIONS if set(oracles_of(operation)) & set(oracles))
+    for operation in _known("op", operations, OPERATIONS):
+        if operations and operation not in comparable:
+            raise ValueError(f"op: {operation!r} is compared with {' and '.join(oracles_of(operation))} alone")
+    operations = operations or comparable
     console = console or _console()
     rows: list[Row] = []
     with Progress(console=console, disable=not console.is_terminal, transient=True) as progress:
@@ -192,10 +270,12 @@ def run(
                 console.print(
                     f"{operation}: {sum(row.equal for row in done)} of {sum(row.cases for row in done)} equal"
                 )
-    console.print(_table(rows, dtypes, oracles))
-    models = [minilm.check("eager"), minilm.check("sdpa")]
-    for model in models:
-        console.print(model.describe(), soft_wrap=True)
+    for table in _tables(rows, dtypes):
+        console.print(table)
+    models: list[minilm.ModelCheck | tiny_models.ModelCheck] = []
+    for check in MODELS if operations is comparable else ():
+        models.append(check())
+        console.print(models[-1].describe(), soft_wrap=True)
     for row in rows:
         if row.first_difference is not None:
             where = f"{row.operation}, {row.dtype}, against {row.oracle}: {row.cases - row.equal} of {row.cases} differ"
@@ -227,6 +307,15 @@ def _known(option: str, names: Sequence[str] | None, known: Sequence[str]) -> Se
         if name not in known:
             raise ValueError(f"{option}: {name!r} is not one of {', '.join(known)}")
     return names or known
+
+
+def _tables(rows: Sequence[Row], dtypes: Sequence[str]) -> Iterator[Table]:
+    """One table for all operations that have the same oracles."""
+    oracles: dict[str, tuple[str, ...]] = {}
+    for row in rows:
+        oracles[row.operation] = tuple(dict.fromkeys((*oracles.get(row.operation, ()), row.oracle)))
+    for names in dict.fromkeys(oracles.values()):
+        yield _table([row for row in rows if oracles[row.operation] == names], dtypes, names)
 
 
 def _table(rows: Sequence[Row], dtypes: Sequence[str], oracles: Sequence[str]) -> Table:

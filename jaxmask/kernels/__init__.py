@@ -1,0 +1,1 @@
+"""Attention kernels that take a mask by its tiles, one file for each."""
