@@ -87,6 +87,8 @@ class Case:
     transformers: bool = True
     module: Literal["modeling_attn_mask_utils", "masking_utils"] = "modeling_attn_mask_utils"
     positional: tuple[Any, ...] = ()
+    # Whether JAX is given the arrays of NumPy, or made its own.
+    of_numpy: bool = True
     # The indices (batch, head, query, key) at which a mask function is read.
     grid: dict[str, np.ndarray] | None = None
 

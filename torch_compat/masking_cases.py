@@ -299,7 +299,10 @@ def _grid(draw: _Draw, shape: _Shape) -> dict[str, np.ndarray]:
 
 
 def _case(draw: _Draw, operation: str, arguments: dict[str, Any], **more: Any) -> Case:
-    return Case(operation, draw.dtype, arguments, needs_dtype=False, module="masking_utils", **more)
+    config = arguments.get("config")
+    is_flex = operation == "flex_attention_mask" or (config is not None and config.implementation == "flex_attention")
+    # Of NumPy arrays tiles are found at once, of others they are compiled.
+    return Case(operation, draw.dtype, arguments, needs_dtype=False, module="masking_utils", of_numpy=is_flex, **more)
 
 
 def _function(name: str) -> Callable[[_Draw], Case]:
@@ -396,7 +399,6 @@ def _inputs(draw: _Draw, shape: _Shape, config: Config) -> dict[str, Any]:
     cache = draw.cache(shape) if draw.chance(0.5) else None
     if cache is not None:
         length = shape.end
-        # A cache of sliding layers alone has no layer for functions of full attention, whose arrays would not reach.
     mask = None
     if draw.chance(0.6):
         if cache is None and draw.chance(0.2):
@@ -537,7 +539,7 @@ OPERATIONS = tuple(_GENERATORS)
 
 
 # In how many ways an operation is called. Another way is another compilation; what arrays hold is not.
-_SETTINGS = 20
+_SETTINGS = 16
 
 
 def generate(operation: str, dtype: str, count: int, seed: int) -> Iterator[Case]:

@@ -130,9 +130,7 @@ def jax_side(dtype: str, array: Callable[[np.ndarray], Any] = jnp.asarray) -> Si
 
 def call_jax(case: Case) -> object:
     """The case's result in JAX, or the exception."""
-    # Tiles are found by NumPy where arrays are of NumPy; functions of older masks take either.
-    array = jnp.asarray if case.module == "masking_utils" and case.operation != "flex_attention_mask" else np.asarray
-    return _call(jax_side(case.dtype, array), case)
+    return _call(jax_side(case.dtype, np.asarray if case.of_numpy else jnp.asarray), case)
 
 
 def call_torch(oracle: str, case: Case) -> object:
