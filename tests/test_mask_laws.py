@@ -37,6 +37,7 @@ from jaxmask.parse import parse_mask
 from tests.strategies import BATCH, HEADS, Described, Problem, array_free, cases, problems
 
 few = settings(max_examples=12)
+fewer = settings(max_examples=6)
 Drawn = tuple[Problem, list[Described]]
 at_indices = problems(slots=False)
 
@@ -277,7 +278,7 @@ ALGEBRA: dict[str, tuple[Callable[[A, A, A], A], Callable[[A, A, A], A]]] = {
 
 
 @pytest.mark.parametrize(("left", "right"), ALGEBRA.values(), ids=ALGEBRA.keys())
-@settings(max_examples=6)
+@fewer
 @given(case=cases(masks=3, depth=1))
 def test_boolean_algebra(case: Drawn, left: Callable[..., Mask], right: Callable[..., Mask]) -> None:
     problem, drawn = case
@@ -319,7 +320,7 @@ def test_a_decode_step_is_a_row_of_the_whole(mask: Mask, spelled: Callable[[int]
         np.testing.assert_array_equal(row, np.broadcast_to(whole[:, :, t : t + 1], row.shape))
 
 
-@few
+@fewer
 @given(cases())
 def test_each_query_alone_is_its_row(case: Drawn) -> None:
     problem, [drawn] = case
@@ -368,7 +369,7 @@ def test_without_jit(case: Drawn) -> None:
         np.testing.assert_array_equal(problem.dense(drawn.mask), problem.expected(drawn.oracle))
 
 
-@few
+@fewer
 @given(cases(depth=3))
 def test_vmap_with_the_mask_as_an_argument(case: Drawn) -> None:
     problem, [drawn] = case

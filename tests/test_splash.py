@@ -237,7 +237,7 @@ def test_blocks_of_kernels_may_differ(mask: Mask, sizes: BlockSizes | None) -> N
         (Window(300, 100), lambda shape: LocalMask(shape, (300, 100), 0)),
         (Window(None, 7), lambda shape: LocalMask(shape, (None, 7), 0)),
     ],
-    ids=repr,
+    ids=["causal", "sliding window", "window", "window to the right"],
 )
 def test_static_mask_is_told_as_splash_tells_its_own(mask: Mask, theirs: Callable[..., Any], length: int) -> None:
     kernel: Any = to_splash(mask, length, length, block_sizes=MIXED).kernel

@@ -47,7 +47,8 @@ from tests.strategies import (
     segments_of_positions,
 )
 
-few = settings(max_examples=15)
+few = settings(max_examples=12)
+fewer = settings(max_examples=6)
 many = settings(max_examples=200)
 States = npt.NDArray[np.int8]
 Drawn = tuple[Problem, list[Described]]
@@ -115,7 +116,7 @@ def test_tiles_found_by_a_program_are_those_found_at_trace_time(case: Drawn, blo
     same_bits(found, expected)
 
 
-@few
+@fewer
 @given(cases(depth=3, at=static), blocks)
 def test_tiles_under_vmap_are_those_of_each(case: Drawn, block: tuple[int, int]) -> None:
     problem, [drawn] = case
@@ -514,7 +515,7 @@ def test_tree_map_keeps_what_is_static() -> None:
     assert isinstance(again.states, jax.Array)
 
 
-@few
+@fewer
 @given(cases(at=traced), blocks)
 def test_the_mask_of_a_map_decides_its_pairs(case: Drawn, block: tuple[int, int]) -> None:
     problem, [drawn] = case
