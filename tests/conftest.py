@@ -6,6 +6,10 @@ import os
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
 os.environ["JAX_PLATFORMS"] = "cpu"
 
+from collections.abc import Iterator
+
+import jax
+import pytest
 from hypothesis import HealthCheck, settings
 
 settings.register_profile(
@@ -17,3 +21,10 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.too_slow],
 )
 settings.load_profile("jaxmask")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def forget_compilations() -> Iterator[None]:
+    """Programs of one module are of no use to the next, and thousands of them take gigabytes."""
+    yield
+    jax.clear_caches()

@@ -40,6 +40,7 @@ from jaxmask import (
     SlidingWindow,
     Window,
 )
+from jaxmask.indices import lookup
 from jaxmask.kernels.splash import SplashAttention, to_splash
 
 Bools = npt.NDArray[np.bool_]
@@ -80,6 +81,22 @@ def looked_up(b: Any, h: Any, q: Any, kv: Any) -> Any:
 
 def chosen(b: Any, h: Any, q: Any, kv: Any) -> Any:
     return jnp.where(q % 2 == 0, q >= kv, kv < 100)
+
+
+REACH = jnp.asarray(90)
+
+
+def within_reach(b: Any, h: Any, q: Any, kv: Any) -> Any:
+    return q - kv < REACH
+
+
+class Chosen(Mask):
+    """A leaf of one's own: queries that may attend, read from a table of all positions."""
+
+    table: Any
+
+    def allows(self, b: Any, h: Any, q: Any, kv: Any) -> Any:
+        return lookup(self.table, q=q)
 
 
 def by_head(b: Any, h: Any, q: Any, kv: Any) -> Any:
@@ -393,13 +410,24 @@ def kernel_of(mask: Mask, offset: Any = OFFSET, partial_tiles: int | None = None
     "mask",
     [
         Predicate(looked_up) & Causal(),
+        Predicate(within_reach),
+        Chosen(jnp.asarray(TABLE[0])) & Causal(),
         Predicate(chosen),
         Predicate(by_head) & PerHead([Full(), Full()]),
         Predicate(by_example) & Padding(jnp.asarray(VALID)),
         Predicate(by_example, batch=BATCH) & SlidingWindow(traced(90)),
         Segments(jnp.asarray(DOCUMENTS)) & Segments(jnp.asarray(SHUFFLED)),
     ],
-    ids=["table", "bools chosen", "heads", "examples", "examples beside numbers", "two segments"],
+    ids=[
+        "table",
+        "captured number",
+        "leaf of one's own",
+        "bools chosen",
+        "heads",
+        "examples",
+        "examples beside numbers",
+        "two segments",
+    ],
 )
 def test_what_a_kernel_cannot_compute_is_written_out(mask: Mask) -> None:
     attention = kernel_of(mask)
@@ -456,6 +484,13 @@ IDS = jax.ShapeDtypeStruct((1, LONG), jnp.int32)
 def test_what_is_held_grows_with_the_length_alone(mask: Callable[[Any], Mask], spec: jax.ShapeDtypeStruct) -> None:
     held = jax.eval_shape(lambda argument: to_splash(mask(argument), LONG, LONG), spec)
     assert sum(array.size * array.dtype.itemsize for array in jax.tree.leaves(held)) < 64 * LONG
+
+
+def test_tiles_between_documents_do_not_run() -> None:
+    mask = Causal() & Segments(jnp.arange(KEYS)[None] // 128)
+    info: Any = kernel_of(mask).kernel.fwd_mask_info
+    tiles = mask.tiles(QUERIES, KEYS, offset=OFFSET)
+    assert (info.block_mask != EMPTY).sum() == (tiles.states != EMPTY).sum() < tiles.states.size
 
 
 def test_grid_is_as_wide_as_the_window_whatever_is_traced() -> None:

@@ -404,7 +404,7 @@ def _inputs(draw: _Draw, shape: _Shape, config: Config) -> dict[str, Any]:
         if cache is None and draw.chance(0.2):
             length += 2  # as with the virtual tokens of prefix tuning
         mask = draw.mask(shape.batch_size, length, *draw.mask_dtypes())
-    if draw.chance(0.05):
+    if draw.chance(0.15):
         sizes = shape.batch_size, 1, shape.query_length, length
         mask = (draw.contents.random(sizes) < 0.5).astype(draw.one_of(*draw.mask_dtypes()))
     return {
