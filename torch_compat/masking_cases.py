@@ -4,6 +4,7 @@ What an argument is on each side (an array, a configuration, a cache that has se
 that side's own module, from one description of it.
 """
 
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cache
@@ -179,19 +180,33 @@ class _Shape:
 
 # Decoding and prefill, with and without a past, windows that are shorter and longer than the keys. Few, for each is
 # another compilation; what the masks hold differs in every case.
-_SHAPES = (_Shape(2, 1, 6, 4), _Shape(2, 9, 0, 3), _Shape(1, 4, 5, 20), _Shape(3, 2, 3, 4), _Shape(1, 1, 0, 1))
+_DECODE, _PREFILL = _Shape(2, 1, 6, 4), _Shape(2, 5, 0, 3)
+_SHAPES = (_DECODE, _PREFILL, _Shape(1, 4, 5, 20), _Shape(3, 2, 3, 4))
 # For tiles of 128 by 128: whole, ragged, several.
-_LARGE_SHAPES = (_Shape(2, 256, 0, 100), _Shape(1, 130, 170, 40), _Shape(2, 1, 140, 300))
+_LARGE_SHAPES = (_Shape(1, 256, 0, 100), _Shape(2, 130, 10, 40), _Shape(2, 1, 270, 300))
 
 
+# Where the mask of a model's inputs can be left out, and where it nearly can: shape, source of the keys, padding, and
+# implementation.
+_CORNERS = tuple(
+    itertools.product(
+        (_DECODE, _PREFILL), (None, "dynamic", "static", "elsewhere"), (None, "ones", "left"), ("sdpa", "eager")
+    )
+)
 _REMAPPING = ("remap_positions_for_packed_sequence", "packed_sequence_compatibility_function")
 
 
 class _Draw:
     """What the cases of one operation and dtype are drawn from."""
 
-    def __init__(self, dtype: str, setting: np.random.Generator, contents: np.random.Generator) -> None:
-        self.dtype, self.rng, self.contents = dtype, setting, contents
+    def __init__(
+        self,
+        dtype: str,
+        setting: np.random.Generator,
+        contents: np.random.Generator,
+        corner: tuple[_Shape, str | None, str | None, str] | None = None,
+    ) -> None:
+        self.dtype, self.rng, self.contents, self.corner = dtype, setting, contents, corner
 
     def chance(self, probability: float) -> bool:
         return bool(self.rng.random() < probability)
@@ -202,7 +217,7 @@ class _Draw:
     def shape(self, shapes: tuple[_Shape, ...] = _SHAPES) -> _Shape:
         return self.one_of(*shapes)
 
-    def mask(self, batch_size: int, length: int, *dtypes: Any) -> np.ndarray:
+    def mask(self, batch_size: int, length: int, *dtypes: Any, kind: str | None = None) -> np.ndarray:
         """A 2D mask of ones, with padding on the left, on the right, or in between."""
         position = np.arange(length)
         pads = self.contents.integers(0, length, size=(batch_size, 1))
@@ -212,7 +227,7 @@ class _Draw:
             "right": position < length - pads,
             "holes": self.contents.random((batch_size, length)) < 0.7,
         }
-        return kinds[str(self.contents.choice(list(kinds)))].astype(self.one_of(*(dtypes or (np.bool_,))))
+        return kinds[kind or str(self.contents.choice(list(kinds)))].astype(self.one_of(*(dtypes or (np.bool_,))))
 
     def mask_dtypes(self) -> list[Any]:
         # JAX has no int64 outside of 64-bit mode.
@@ -268,18 +283,16 @@ class _Draw:
             return Built(kind, (self.function(shape), positions, *segments))
         return self.function(shape, kind)
 
-    def cache(self, shape: _Shape, kinds: tuple[str, ...] = ("dynamic", "static", "layers", "mtp")) -> Cache:
-        kind = self.one_of(*kinds)
+    def cache(self, shape: _Shape, kind: str | None = None) -> Cache:
+        kind = kind or str(self.one_of("dynamic", "static", "layers", "mtp"))
         full, sliding = "full_attention", "sliding_attention"
-        if kind == "mtp":
-            layer_types: tuple[str, ...] = (full, full)
-        elif kind == "layers":
-            layer_types = self.one_of((sliding, "dummy", full), ("linear_attention", full), ("dummy", sliding, full))
-        else:
-            layer_types = self.one_of((full,), (sliding,), (sliding, full), (full, sliding))
+        kinds: dict[str, list[tuple[str, ...]]] = {
+            "mtp": [(full, full)],
+            "layers": [(sliding, "dummy", full), ("linear_attention", full), ("dummy", sliding, full)],
+        }
         return Cache(
             kind,
-            layer_types,
+            self.one_of(*kinds.get(kind, [(full,), (sliding,), (sliding, full), (full, sliding)])),
             sliding_window=max(shape.window, 2),
             seen=shape.past,
             query_length=shape.query_length,
@@ -393,109 +406,103 @@ def _interface(operation: str) -> Callable[[_Draw], Case]:
     return case
 
 
-def _inputs(draw: _Draw, shape: _Shape, config: Config) -> dict[str, Any]:
+def _inputs(draw: _Draw, causal: bool) -> tuple[_Shape, dict[str, Any]]:
     """What the ``create_`` functions share: with a cache or without, with a mask of 2 or 4 dimensions or without."""
-    length = shape.query_length
-    cache = draw.cache(shape) if draw.chance(0.5) else None
-    if cache is not None:
-        length = shape.end
-    mask = None
-    if draw.chance(0.6):
-        if cache is None and draw.chance(0.2):
-            length += 2  # as with the virtual tokens of prefix tuning
-        mask = draw.mask(shape.batch_size, length, *draw.mask_dtypes())
-    if draw.chance(0.15):
-        sizes = shape.batch_size, 1, shape.query_length, length
-        mask = (draw.contents.random(sizes) < 0.5).astype(draw.one_of(*draw.mask_dtypes()))
-    return {
-        "config": config,
+    if draw.corner is not None:
+        shape, source, padding, implementation = draw.corner
+        cache = draw.cache(shape, source) if source in ("dynamic", "static") else None
+        is_causal = draw.one_of(None, True)
+    else:
+        shape, source, padding = draw.shape(), draw.one_of(None, "elsewhere"), draw.one_of(None, "any", "any", "4D")
+        cache = draw.cache(shape) if draw.chance(0.5) else None
+        is_causal = draw.one_of(None, None, True, False)
+        implementation = str(draw.rng.choice(IMPLEMENTATIONS, p=[0.44, 0.3, 0.1, 0.1, 0.06]))
+    length = shape.query_length if cache is None else shape.end
+    inputs: dict[str, Any] = {
+        "config": Config(
+            implementation=implementation,
+            is_causal=is_causal,
+            sliding_window=None if draw.chance(0.03) else shape.window,
+            attention_chunk_size=None if draw.chance(0.03) else shape.window,
+        ),
         "inputs_embeds": Embeds(shape.batch_size, shape.query_length),
-        "attention_mask": mask,
+        "attention_mask": None,
         "past_key_values": cache,
     }
+    if cache is None and source == "elsewhere":
+        # Keys that are not those of the queries: of an encoder, or of the virtual tokens of prefix tuning.
+        length += 2
+        if not causal:
+            inputs["encoder_hidden_states"] = Embeds(shape.batch_size, length)
+    if padding == "4D":
+        sizes = shape.batch_size, 1, shape.query_length, length
+        inputs["attention_mask"] = (draw.contents.random(sizes) < 0.5).astype(draw.one_of(*draw.mask_dtypes()))
+    elif padding is not None:
+        kind = None if padding == "any" else padding
+        inputs["attention_mask"] = draw.mask(shape.batch_size, length, *draw.mask_dtypes(), kind=kind)
+    return shape, inputs
 
 
-def _overlays(draw: _Draw, shape: _Shape, inputs: dict[str, Any], causal: bool) -> dict[str, Any]:
+def _overlays(draw: _Draw, shape: _Shape, causal: bool) -> dict[str, Any]:
     """Functions that allow more or less and, for causal masks, packed rows and blocks."""
     more: dict[str, Any] = {}
-    # As far as any query or key of the case: those of a static cache and of prefix tuning included.
-    reach = shape.end + 8
-    if draw.chance(0.12):
-        more["or_mask_function"] = draw.plain(shape.batch_size, reach)
-    if draw.chance(0.12):
-        more["and_mask_function"] = draw.plain(shape.batch_size, reach)
+    if draw.chance(0.25):
+        more["allow_is_causal_skip" if causal else "allow_is_bidirectional_skip"] = False
     if causal and draw.chance(0.5):
         more["position_ids"] = draw.packed_positions(draw.one_of(1, shape.batch_size), shape.query_length)
-    if causal and draw.chance(0.15):
+    if draw.corner is not None:
+        return more
+    # As far as any query or key of the case: those of a static cache and of prefix tuning included.
+    reach = shape.end + 8
+    if draw.chance(0.25):
+        more["or_mask_function"] = draw.plain(shape.batch_size, reach)
+    if draw.chance(0.25):
+        more["and_mask_function"] = draw.plain(shape.batch_size, reach)
+    if causal and draw.chance(0.3):
         more["block_sequence_ids"] = draw.blocks(shape.batch_size, shape.end)
-    if draw.chance(0.2):
-        more["allow_is_causal_skip" if causal else "allow_is_bidirectional_skip"] = False
     return more
 
 
-def _config(draw: _Draw, shape: _Shape) -> Config:
-    return Config(
-        implementation=str(draw.rng.choice(IMPLEMENTATIONS, p=[0.44, 0.36, 0.08, 0.08, 0.04])),
-        is_causal=draw.one_of(None, None, True, False),
-        sliding_window=None if draw.chance(0.03) else shape.window,
-        attention_chunk_size=None if draw.chance(0.03) else shape.window,
-    )
+def _create(operation: str, causal: bool) -> Callable[[_Draw], Case]:
+    """The case of a function that makes the mask of a model's inputs."""
 
-
-def _create_causal(operation: str) -> Callable[[_Draw], Case]:
     def case(draw: _Draw) -> Case:
-        shape = draw.shape()
-        inputs = _inputs(draw, shape, _config(draw, shape))
-        more = _overlays(draw, shape, inputs, causal=True)
+        shape, inputs = _inputs(draw, causal)
+        more = _overlays(draw, shape, causal)
         cache = inputs["past_key_values"]
-        if cache is not None and draw.chance(0.2):
-            # A layer of its own choice, where it has a length.
+        if causal and cache is not None and draw.chance(0.3):
             more["layer_idx"] = len(cache.layer_types) - 1
         return _case(draw, operation, inputs | more)
 
     return case
 
 
-def _create_bidirectional(operation: str) -> Callable[[_Draw], Case]:
-    def case(draw: _Draw) -> Case:
-        shape = draw.shape()
-        inputs = _inputs(draw, shape, _config(draw, shape))
-        more = _overlays(draw, shape, inputs, causal=False)
-        if inputs["past_key_values"] is None and draw.chance(0.3):
-            mask = inputs["attention_mask"]
-            keys = 7 if mask is None else mask.shape[-1]
-            more["encoder_hidden_states"] = Embeds(shape.batch_size, keys)
-        return _case(draw, operation, inputs | more)
-
-    return case
-
-
 def _generate(draw: _Draw) -> Case:
-    shape = draw.shape()
+    shape, inputs = _inputs(draw, causal=True)
     layer_types = draw.one_of(
+        None,
         None,
         ("full_attention", "sliding_attention"),
         ("chunked_attention", "full_attention", "chunked_attention"),
         ("linear_attention", "indexed_attention"),
         ("hybrid", "sliding_attention"),
-        ("hybrid_sliding", "conv", "minimax_m3_sparse", "compressed_sparse_attention"),
+        ("hybrid_sliding", "conv", "minimax_m3_sparse"),
+        ("compressed_sparse_attention", "heavily_compressed_attention"),
         ("full_attention", "attention of a kind to come"),
     )
-    config = replace(
-        _config(draw, shape),
-        layer_types=layer_types,
-        sliding_window=shape.window if layer_types is not None or draw.chance(0.5) else None,
-        attention_chunk_size=shape.window if layer_types is not None or draw.chance(0.5) else None,
-    )
-    inputs = _inputs(draw, shape, config)
-    more = _overlays(draw, shape, inputs, causal=True)
+    # Without layer types, the first of the two that is there.
+    sizes = {
+        name: shape.window if layer_types is not None or draw.chance(0.5) else None
+        for name in ("sliding_window", "attention_chunk_size")
+    }
+    inputs["config"] = replace(inputs["config"], layer_types=layer_types, **sizes)
+    more = _overlays(draw, shape, causal=True)
     more.pop("allow_is_causal_skip", None)
     return _case(draw, "create_masks_for_generate", inputs | more)
 
 
 def _recurrent(draw: _Draw) -> Case:
-    shape = draw.shape()
-    return _case(draw, "create_recurrent_attention_mask", _inputs(draw, shape, _config(draw, shape)))
+    return _case(draw, "create_recurrent_attention_mask", _inputs(draw, causal=True)[1])
 
 
 _FUNCTIONS = (
@@ -517,11 +524,11 @@ _FUNCTIONS = (
     "add_offsets_to_mask_function",
 )
 _GENERATORS: dict[str, Callable[[_Draw], Case]] = {
-    "create_causal_mask": _create_causal("create_causal_mask"),
-    "create_bidirectional_mask": _create_bidirectional("create_bidirectional_mask"),
-    "create_sliding_window_causal_mask": _create_causal("create_sliding_window_causal_mask"),
-    "create_bidirectional_sliding_window_mask": _create_bidirectional("create_bidirectional_sliding_window_mask"),
-    "create_chunked_causal_mask": _create_causal("create_chunked_causal_mask"),
+    "create_causal_mask": _create("create_causal_mask", causal=True),
+    "create_bidirectional_mask": _create("create_bidirectional_mask", causal=False),
+    "create_sliding_window_causal_mask": _create("create_sliding_window_causal_mask", causal=True),
+    "create_bidirectional_sliding_window_mask": _create("create_bidirectional_sliding_window_mask", causal=False),
+    "create_chunked_causal_mask": _create("create_chunked_causal_mask", causal=True),
     "create_masks_for_generate": _generate,
     "create_recurrent_attention_mask": _recurrent,
     "find_packed_sequence_indices": _packed_indices,
@@ -538,7 +545,7 @@ _GENERATORS: dict[str, Callable[[_Draw], Case]] = {
 OPERATIONS = tuple(_GENERATORS)
 
 
-# In how many ways an operation is called. Another way is another compilation; what arrays hold is not.
+# In how many ways an operation is called, corners aside. Another way is another compilation; what arrays hold is not.
 _SETTINGS = 16
 
 
@@ -549,5 +556,8 @@ def generate(operation: str, dtype: str, count: int, seed: int) -> Iterator[Case
         # PyTorch writes block masks out, which takes a hundred times as long as all else.
         count = max(count // 4, min(count, _SETTINGS))
     for number in range(count):
-        setting = np.random.default_rng((seed, OPERATIONS.index(operation), number % _SETTINGS))
-        yield _GENERATORS[operation](_Draw(dtype, setting, contents))
+        # Every other case is a corner, which other operations than `create_` do not look at.
+        corner = _CORNERS[number // 2 % len(_CORNERS)] if number % 2 else None
+        which = number // 2 % (len(_CORNERS) if number % 2 else _SETTINGS)
+        setting = np.random.default_rng((seed, OPERATIONS.index(operation), number % 2, which))
+        yield _GENERATORS[operation](_Draw(dtype, setting, contents, corner))

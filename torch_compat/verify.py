@@ -21,7 +21,7 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, create_mask
 from transformers import masking_utils as transformers_masking_utils
 from transformers import modeling_attn_mask_utils as transformers_masks
 
@@ -69,6 +69,8 @@ def compare(ours: object, theirs: object) -> str | None:
         return _compare_each(ours, theirs)
     if isinstance(ours, TileMap) and isinstance(theirs, BlockMask):
         return _compare_each(_parts(to_block_mask(ours)), _parts(theirs))
+    if isinstance(ours, np.ndarray):
+        ours = jnp.asarray(ours)  # handed back as it came
     if not isinstance(ours, jax.Array | torch.Tensor) or not isinstance(theirs, torch.Tensor):
         return None if type(ours) is type(theirs) and ours == theirs else f"ours {ours!r}, theirs {theirs!r}"
     converted = to_torch(ours) if isinstance(ours, jax.Array) else ours
@@ -89,11 +91,12 @@ def _compare_each(ours: dict[str, Any], theirs: dict[str, Any]) -> str | None:
 
 
 def _parts(mask: BlockMask) -> dict[str, Any]:
-    """All that a ``BlockMask`` is but its function."""
+    """All of a ``BlockMask``, and what its function says of every pair."""
     names = [
         f"{full}{axis}_{what}" for full in ("", "full_") for axis in ("kv", "q") for what in ("num_blocks", "indices")
     ]
-    return {name: getattr(mask, name) for name in (*names, "seq_lengths", "BLOCK_SIZE")}
+    parts = {name: getattr(mask, name) for name in (*names, "seq_lengths", "BLOCK_SIZE")}
+    return parts | {"mask_mod": create_mask(mask.mask_mod, *mask.shape, device="cpu")}
 
 
 def _bits(tensor: torch.Tensor) -> torch.Tensor:
