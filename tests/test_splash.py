@@ -231,7 +231,7 @@ compositions = st.recursive(
 offsets = st.sampled_from([0, 7, OFFSET]) | st.sampled_from([jnp.asarray(OFFSET), jnp.array([OFFSET, 3])])
 
 
-@settings(max_examples=20)
+@settings(max_examples=10)
 @given(compositions, offsets)
 def test_kernels_are_told_the_mask(mask: Mask, offset: Any) -> None:
     assert_told(to_splash(mask, QUERIES, KEYS, offset=offset, block_sizes=BLOCKS), written_out(mask, offset))
