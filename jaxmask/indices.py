@@ -18,6 +18,16 @@ Allowed = Bool[Array | np.ndarray, "..."] | bool
 AXES = ("b", "h", "q", "kv")
 
 
+def is_static(*trees: Any) -> bool:
+    """Whether no leaf of these is a JAX array, so that NumPy computes with them, at trace time."""
+    return not any(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(trees))
+
+
+def library(*trees: Any) -> Any:
+    """NumPy, or JAX where it is needed."""
+    return np if is_static(*trees) else jnp
+
+
 def along(axis: int, size: int) -> tuple[int, ...]:
     """The shape of an index array along one of the four axes."""
     return tuple(size if i == axis else 1 for i in range(4))
@@ -37,7 +47,7 @@ def lookup(array: Any, **indices: Index) -> Any:
     The indices are named for the axes of the array, a selection of ``b``, ``h``, ``q``, ``kv``. Those that run over a
     whole axis make it a broadcast, and no gather: faster on a TPU, and without communication where the axis is sharded.
     """
-    if not isinstance(array, np.ndarray) or any(isinstance(index, jax.Array) for index in indices.values()):
+    if not isinstance(array, np.ndarray) or not is_static(indices):
         array = jnp.asarray(array)
     sizes = dict(zip(map(AXES.index, indices), array.shape, strict=True))
     spread = array.reshape([sizes.get(axis, 1) for axis in range(4)])
@@ -55,6 +65,11 @@ def lookup(array: Any, **indices: Index) -> Any:
     if isinstance(array, np.ndarray):
         return array[tuple(np.clip(index, 0, size - 1) for size, index in zip(array.shape, found, strict=True))]
     return array.at[found].get(mode="clip")
+
+
+def by_batch(value: Any) -> Any:
+    """A number for all, or one for each example ``[batch]``, as int32 ``[batch|1, 1, 1, 1]``."""
+    return library(value).asarray(value, np.int32).reshape(-1, 1, 1, 1)
 
 
 def inside(index: Index, size: int) -> Allowed:

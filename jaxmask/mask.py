@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Array, Bool, DTypeLike, Float, Int
 
 from jaxmask import bias, checks
-from jaxmask.indices import Allowed, Index, iota, lookup
+from jaxmask.indices import Allowed, Index, by_batch, iota, is_static, lookup
 from jaxmask.tiles import Bounds, Span, TileMap, from_bounds
 
 # A Python int is static structure; an array in its place is traced.
@@ -205,8 +205,7 @@ class Mask:
         """
         block = checks.block(block)
         mask, query_length, key_length, first = _checked(self, query_length, key_length, offset, key_positions)
-        static = not any(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves((mask, first)))
-        states = (_states if static else _traced_states)(mask, query_length, key_length, first, block)
+        states = (_states if is_static(mask, first) else _traced_states)(mask, query_length, key_length, first, block)
         return TileMap(states, mask, first, query_length, key_length, block)
 
     def __and__(self, other: "Mask") -> "Mask":
@@ -546,7 +545,7 @@ def _read(
     Of the queries it is told their indices and the position of the first.
     """
     batch, heads, _ = mask.shape
-    first = (jnp if isinstance(offset, jax.Array) else np).asarray(offset, np.int32).reshape(-1, 1, 1, 1)
+    first = by_batch(offset)
     if first.shape[0] != 1 and batch not in (1, first.shape[0]):
         raise ValueError(f"offset is for a batch of {first.shape[0]}, but {mask!r} for one of {batch}")
     batch = first.shape[0] if batch == 1 else batch

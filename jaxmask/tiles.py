@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Int8
 
-from jaxmask.indices import Allowed
+from jaxmask.indices import Allowed, library
 
 if TYPE_CHECKING:
     from jaxmask.mask import Mask, Offset
@@ -64,7 +64,7 @@ class Span:
             return values  # one for all
         # The last tile may be ragged: to repeat its last value changes neither minimum nor maximum. Not by `pad`, which
         # slices every axis, a sharded one too.
-        xp = _library(values)
+        xp = library(values)
         last = values[(slice(None),) * self.axis + (slice(-1, None),)]
         values = xp.concatenate((values, xp.repeat(last, -length % self.size, self.axis)), self.axis)
         tiled = values.reshape(*values.shape[: self.axis], -1, self.size, *values.shape[self.axis + 1 :])
@@ -74,7 +74,7 @@ class Span:
 def from_bounds(some: Allowed, every: Allowed, shape: tuple[int, int, int, int]) -> Int8[Array | np.ndarray, "..."]:
     """EMPTY where not ``some`` pair may attend, FULL where ``every`` pair may, else PARTIAL."""
     # NumPy knows no symbolic dimensions of `jax.export`.
-    xp = jnp if any(map(jax.export.is_symbolic_dim, shape)) else _library(some, every)
+    xp = jnp if any(map(jax.export.is_symbolic_dim, shape)) else library(some, every)
     return xp.broadcast_to(xp.asarray(some, np.int8) + xp.asarray(every, np.int8), shape)
 
 
@@ -114,7 +114,7 @@ class TileMap:
     @property
     def counts(self) -> Int[Array | np.ndarray, "3"]:
         """How many tiles are EMPTY, PARTIAL and FULL, over all examples and heads."""
-        xp = _library(self.states)
+        xp = library(self.states)
         return xp.stack([(self.states == state).sum(dtype=np.int32) for state in (EMPTY, PARTIAL, FULL)])
 
     @property
@@ -156,9 +156,4 @@ class TileMap:
 
 def _in_order(last: Any) -> Any:
     """The indices along the last axis, those that are ``last`` last."""
-    return _library(last).argsort(last, axis=-1, stable=True).astype(np.int32)
-
-
-def _library(*values: Any) -> Any:
-    """NumPy, or JAX where it is needed."""
-    return jnp if any(isinstance(value, jax.Array) for value in values) else np
+    return library(last).argsort(last, axis=-1, stable=True).astype(np.int32)

@@ -18,13 +18,12 @@ from collections.abc import Sequence
 from functools import reduce
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int, Shaped
 
 from jaxmask import checks
-from jaxmask.indices import Allowed, Index, as_4d, inside, lookup
+from jaxmask.indices import Allowed, Index, as_4d, inside, library, lookup
 from jaxmask.leaves import Causal, Chunked, Padding, Prefix, Segments, SlidingWindow, Window
 from jaxmask.mask import KeyPositions, Mask, Offset, Scalar
 from jaxmask.tiles import Bounds, Span
@@ -512,10 +511,10 @@ def document(mask: Mask, segment_ids: Int[Array | np.ndarray, "batch length"]) -
      [0 0 0 1 1]]
     """
     ids = checks.array("segment_ids", segment_ids, "i", 2)
-    library = _library(ids)
+    xp = library(ids)
     index = np.arange(ids.shape[1], dtype=np.int32)
-    is_first = ids != library.roll(ids, 1, axis=1)
-    first = library.maximum.accumulate(library.where(is_first, index, 0), axis=1)
+    is_first = ids != xp.roll(ids, 1, axis=1)
+    first = xp.maximum.accumulate(xp.where(is_first, index, 0), axis=1)
     return Segments(ids) & Reordered(mask, index - first)
 
 
@@ -546,7 +545,7 @@ def shared_prefix(
             f"{checks.describe(prefix)}"
         )
     own = Segments(ids)
-    before = Segments(_library(ids, prefix).take_along_axis(prefix, ids, axis=1), ids)
+    before = Segments(library(ids, prefix).take_along_axis(prefix, ids, axis=1), ids)
     return Causal() & own | before & ~own
 
 
@@ -894,11 +893,6 @@ def _near(size: int, kernel: int) -> Mask:
 
 def _divided(sizes: Sequence[int], by: Sequence[int]) -> list[int]:
     return [size // divisor for size, divisor in zip(sizes, by, strict=True)]
-
-
-def _library(*arrays: Any) -> Any:
-    """NumPy, or JAX where it is needed."""
-    return jnp if any(isinstance(array, jax.Array) for array in arrays) else np
 
 
 def _check_mask(name: str, mask: Any) -> None:

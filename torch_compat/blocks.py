@@ -4,14 +4,13 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import torch
 from jaxtyping import Array, Bool, Int
 from torch.nn.attention.flex_attention import BlockMask
 
 from jaxmask import EMPTY, FULL, PARTIAL, Mask, TileMap, checks
-from jaxmask.indices import iota, lookup
+from jaxmask.indices import iota, is_static, library, lookup
 from jaxmask.mask import Offset
 
 # How many tiles are written out at once: 8 MiB of bools, in tiles of 128 by 128.
@@ -81,14 +80,14 @@ def _is_whole(tiles: TileMap) -> Bool[np.ndarray, "q_tiles kv_tiles"]:
 def _written_out(tiles: TileMap, places: Int[np.ndarray, "tiles 4"]) -> Bool[np.ndarray, "tiles q kv"]:
     """The pairs of the tiles at ``places``; what is beyond the last query or key is not allowed."""
     written = [np.zeros((0, *tiles.block), np.bool_)]
-    is_static = not any(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves((tiles.mask, tiles.offset)))
+    static = is_static(tiles.mask, tiles.offset)
     lengths = tiles.query_length, tiles.key_length
     for start in range(0, len(places), _TILES_AT_ONCE):
         part = places[start : start + _TILES_AT_ONCE].astype(np.int32)
         # Few sizes, for each is another compilation.
-        padding = 0 if is_static else max(8, 1 << (len(part) - 1).bit_length()) - len(part)
+        padding = 0 if static else max(8, 1 << (len(part) - 1).bit_length()) - len(part)
         padded = np.pad(part, ((0, padding), (0, 0)))
-        pairs = (_pairs if is_static else _traced_pairs)(tiles.mask, tiles.offset, padded, lengths, tiles.block)
+        pairs = (_pairs if static else _traced_pairs)(tiles.mask, tiles.offset, padded, lengths, tiles.block)
         written.append(np.asarray(pairs)[: len(part)])
     return np.concatenate(written)
 
@@ -106,7 +105,7 @@ def _pairs(
     kv = kv_tile * block[1] + iota(block[1], 3)
     first = lookup(offset, b=b) if np.ndim(offset) else offset
     allowed = mask.allows(b, h, row + first, kv) & (row < lengths[0]) & (kv < lengths[1])
-    return (jnp if isinstance(allowed, jax.Array) else np).broadcast_to(allowed, (len(places), 1, *block))[:, 0]
+    return library(allowed).broadcast_to(allowed, (len(places), 1, *block))[:, 0]
 
 
 _traced_pairs = jax.jit(_pairs, static_argnums=(3, 4))

@@ -27,7 +27,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_mask_info
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxmask import checks
-from jaxmask.indices import as_4d, iota
+from jaxmask.indices import as_4d, by_batch, iota, is_static, library
 from jaxmask.leaves import Chunked, Dense, Padding, PerHead, Predicate, Prefix, Segments
 from jaxmask.mask import And, Full, Mask, Not, Offset, Or
 from jaxmask.tiles import EMPTY, FULL, PARTIAL
@@ -189,8 +189,7 @@ def to_splash(
 
     # Traced without computing anything, for the sizes, and so that what cannot be read is refused.
     batch, heads, *_ = jax.eval_shape(partial(mask.dense, query_length, key_length, offset=offset)).shape
-    first = (jnp if isinstance(offset, jax.Array) else np).asarray(0 if offset is None else offset, np.int32)
-    first = first.reshape(-1, 1, 1, 1)
+    first = by_batch(0 if offset is None else offset)
     b, q, kv = iota(batch, 0), iota(query_length, 2) + first, iota(key_length, 3)
     segments, of_keys, rest = _native(mask)
     rest, is_traced = _with_sizes(rest, b, iota(heads, 1), kv)
@@ -249,14 +248,14 @@ class _Reading:
         """The states of the tiles, ``[batch|1, heads|1, q_tiles, kv_tiles]``; in NumPy where they are static."""
         offset: Any = self.first.reshape(-1) if self.first.shape[0] > 1 else self.first.reshape(())
         read = partial(mask.tiles, self.query_length, self.key_length, block=block, offset=offset)
-        if _is_traced(mask, self.first):
+        if not is_static(mask, self.first):
             return read().states
         with jax.ensure_compile_time_eval():
             return np.asarray(read().states)
 
     def known(self, mask: Mask, block: tuple[int, int]) -> Any:
         """The states as far as they are static, in NumPy: as if nothing was known of JAX arrays."""
-        if _is_traced(self.first):
+        if not is_static(self.first):
             tiles = self.query_length // block[0], self.key_length // block[1]
             return np.full((1, mask.shape[1], *tiles), PARTIAL, np.int8)
         return self.states(_known(mask), block)
@@ -327,7 +326,7 @@ def _with_sizes(rest: Mask, b: Any, h: Any, kv: Any) -> tuple[Mask, bool]:
     """The rest of a mask, with the sizes that it looks at and that another part has told; and whether it is traced."""
     seen = jax.make_jaxpr(lambda: jnp.asarray(rest.allows(b, h, iota(1, 2), kv)))()
     # A predicate may close over an array that is traced, though the mask holds none.
-    is_traced = _is_traced(rest) or any(map(checks.is_traced, seen.consts))
+    is_traced = not is_static(rest) or any(map(checks.is_traced, seen.consts))
     shape = seen.out_avals[0].shape
     if len(shape) == 4 and any(size > told for size, told in zip(shape[:2], rest.shape[:2], strict=True)):
         return rest & Dense(np.ones((*shape[:2], 1, 1), np.bool_)), is_traced
@@ -468,8 +467,7 @@ def _is_in_kernel(equation: Any) -> bool:
 
 def _rows(values: Any, length: int) -> Any:
     """``[batch|1, 1, q|1, 1]`` as ``[batch|1, q]``, and likewise for keys."""
-    xp = jnp if isinstance(values, jax.Array) else np
-    return xp.broadcast_to(values.reshape(values.shape[0], -1), (values.shape[0], length))
+    return library(values).broadcast_to(values.reshape(values.shape[0], -1), (values.shape[0], length))
 
 
 def _mask_info(
@@ -491,7 +489,7 @@ def _mask_info(
     rest = turned(reading.states(reading.rest, block))
     # As much of both as is static, for sizes are.
     may_run = turned((reading.known(reading.mask, block) != EMPTY).any(0, keepdims=True))
-    xp: Any = jnp if _is_traced(runs, rest) else np
+    xp = library(runs, rest)
     # Segment ids are compared in every tile that runs, so that it is the rest that makes one PARTIAL.
     states = xp.where(runs, rest, EMPTY)
 
@@ -513,7 +511,7 @@ def _mask_info(
     missed: Any = np.zeros(1, np.bool_)
     if reading.mask_function is None and not isinstance(reading.rest, Full):
         undecided = may_run & (rest == PARTIAL)
-        if reading.is_traced or _is_traced(reading.first):
+        if reading.is_traced or not is_static(reading.first):
             may_be = may_run & (turned(reading.known(reading.rest, block)) == PARTIAL)
             room = max(1, min(reading.partial_tiles or may_be.size, int(may_be.sum((1, 2, 3)).max())))
             blocks, numbers, missed = _traced_blocks(reading, undecided, block, by_key, room)
@@ -578,13 +576,12 @@ def _pairs(
 
 def _ranks(undecided: Any, count: int) -> Any:
     """For each tile in order, how many undecided ones come before it, where there is one at or after it."""
-    xp = jnp if isinstance(undecided, jax.Array) else np
-    return xp.minimum(xp.cumsum(undecided) - undecided, count - 1)
+    return library(undecided).minimum(undecided.cumsum() - undecided, count - 1)
 
 
 def _known(mask: Mask) -> Mask:
     """The mask, with nothing known of the leaves that hold JAX arrays."""
-    if not _is_traced(mask):
+    if is_static(mask):
         return mask
     match mask:
         case And() | Or() | PerHead():
@@ -597,11 +594,6 @@ def _known(mask: Mask) -> Mask:
 
 def _anything(b: Any, h: Any, q: Any, kv: Any) -> Any:
     raise AssertionError("only tiles are asked of this, which has no bounds to say anything about them")
-
-
-def _is_traced(*values: Any) -> bool:
-    """Whether something of this is known only when the program runs."""
-    return any(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(values))
 
 
 def _small(numbers: Any, count: int) -> Any:
