@@ -67,6 +67,11 @@ def lookup(array: Any, **indices: Index) -> Any:
     return array.at[found].get(mode="clip")
 
 
+def by_example(value: Any, b: Index) -> Any:
+    """A number for all, or that of each example."""
+    return lookup(value, b=b) if np.ndim(value) else value
+
+
 def by_batch(value: Any) -> Any:
     """A number for all, or one for each example ``[batch]``, as int32 ``[batch|1, 1, 1, 1]``."""
     return library(value).asarray(value, np.int32).reshape(-1, 1, 1, 1)

@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Int
 
 from jaxmask import checks
-from jaxmask.indices import Allowed, Index, as_4d, inside, lookup
+from jaxmask.indices import Allowed, Index, as_4d, by_example, inside, lookup
 from jaxmask.mask import KeyPositions, Mask, Offset, Scalar, common_shape
 from jaxmask.tiles import Bounds, Span
 
@@ -137,14 +137,14 @@ class Chunked(Mask):
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        return _batch(self.start), 1, 1
+        return np.size(self.start), 1, 1
 
     def allows(self, b: Index, h: Index, q: Index, kv: Index) -> Allowed:
-        start = _by_example(self.start, b)
+        start = by_example(self.start, b)
         return (q - start) // self.size == (kv - start) // self.size
 
     def tile_bounds(self, b: Index, h: Index, q: Span, kv: Span) -> Bounds:
-        start = _by_example(self.start, b)
+        start = by_example(self.start, b)
         return _share(
             (q.min - start) // self.size,
             (q.max - start) // self.size,
@@ -178,16 +178,16 @@ class Prefix(Mask):
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        return _batch(self.length), 1, 1
+        return np.size(self.length), 1, 1
 
     def check_lengths(self, query_length: int, key_length: int, offset: Offset | None) -> None:
         pass  # no position of a query is looked at
 
     def allows(self, b: Index, h: Index, q: Index, kv: Index) -> Allowed:
-        return kv < _by_example(self.length, b)
+        return kv < by_example(self.length, b)
 
     def tile_bounds(self, b: Index, h: Index, q: Span, kv: Span) -> Bounds:
-        length = _by_example(self.length, b)
+        length = by_example(self.length, b)
         return kv.min < length, kv.max < length
 
 
@@ -551,15 +551,6 @@ class PerHead(Mask):
         for mask, mine in heads.items():
             # A single mask serves every head, as a size of 1 does.
             yield mask, True if len(self.masks) == 1 else reduce(operator.or_, (h == head for head in mine))
-
-
-def _by_example(value: Any, b: Index) -> Any:
-    """A number for all, or one for each example."""
-    return lookup(value, b=b) if np.ndim(value) else value
-
-
-def _batch(value: Any) -> int:
-    return (np.shape(value) or (1,))[0]
 
 
 def _share(q_min: Any, q_max: Any, kv_min: Any, kv_max: Any) -> Bounds:

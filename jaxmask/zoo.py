@@ -23,7 +23,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Int, Shaped
 
 from jaxmask import checks
-from jaxmask.indices import Allowed, Index, as_4d, inside, library, lookup
+from jaxmask.indices import Allowed, Index, as_4d, by_example, inside, library, lookup
 from jaxmask.leaves import Causal, Chunked, Padding, Prefix, Segments, SlidingWindow, Window
 from jaxmask.mask import KeyPositions, Mask, Offset, Scalar
 from jaxmask.tiles import Bounds, Span
@@ -200,7 +200,7 @@ class Blocks(Mask):
     @property
     def shape(self) -> tuple[int, int, int]:
         batch, heads, *_ = as_4d(self.allowed).shape
-        return (np.shape(self.start) or (1,))[0] if batch == 1 else batch, heads, 1
+        return np.size(self.start) if batch == 1 else batch, heads, 1
 
     def allows(self, b: Index, h: Index, q: Index, kv: Index) -> Allowed:
         q, kv = self._block(b, q), self._block(b, kv)
@@ -221,7 +221,7 @@ class Blocks(Mask):
         return found > 0, found == (bottom - top) * (right - left)
 
     def _block(self, b: Index, position: Any) -> Any:
-        return (position - (lookup(self.start, b=b) if np.ndim(self.start) else self.start)) // self.size
+        return (position - by_example(self.start, b)) // self.size
 
 
 class Between(Mask):

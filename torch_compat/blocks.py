@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Int
 from torch.nn.attention.flex_attention import BlockMask
 
 from jaxmask import EMPTY, FULL, PARTIAL, Mask, TileMap, checks
-from jaxmask.indices import iota, is_static, library, lookup
+from jaxmask.indices import by_example, iota, is_static, library
 from jaxmask.mask import Offset
 
 # How many tiles are written out at once: 8 MiB of bools, in tiles of 128 by 128.
@@ -103,8 +103,7 @@ def _pairs(
     b, h, q_tile, kv_tile = (place.reshape(-1, 1, 1, 1) for place in places.T)
     row = q_tile * block[0] + iota(block[0], 2)
     kv = kv_tile * block[1] + iota(block[1], 3)
-    first = lookup(offset, b=b) if np.ndim(offset) else offset
-    allowed = mask.allows(b, h, row + first, kv) & (row < lengths[0]) & (kv < lengths[1])
+    allowed = mask.allows(b, h, row + by_example(offset, b), kv) & (row < lengths[0]) & (kv < lengths[1])
     return library(allowed).broadcast_to(allowed, (len(places), 1, *block))[:, 0]
 
 
