@@ -18,7 +18,7 @@ import jax
 import numpy as np
 
 from jaxmask import checks
-from jaxmask.mask import KeyPositions, Mask, Offset, _checked
+from jaxmask.mask import KeyPositions, Mask, Offset, checked
 from jaxmask.tiles import EMPTY, FULL, PARTIAL, TileMap
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ def show(
     """
     console = _console(console)
     reading = _Reading.of(mask, query_length, key_length, offset, key_positions)
-    size = _block(block)
+    size = checks.block(1 if block is None else block)
     room = _room(console, reading)
     # A line before each tile and one after the last.
     lines = 0 if block is None else -(-reading.key_length // size[1]) + 1
@@ -147,7 +147,7 @@ def plot(
     ['The', 'cat', 'sat', 'down']
     """
     reading = _Reading.of(mask, query_length, key_length, offset, key_positions)
-    size = _block(block)
+    size = checks.block(1 if block is None else block)
     drawn = reading.fitting(size, _PLOT_LENGTH)
     outlined = reading.tiles(size) if block is not None and drawn.block == (1, 1) else None
     if key_tokens is None and offset is None and key_positions is None and query_length == reading.key_length:
@@ -223,7 +223,7 @@ class _Reading:
             raise TypeError(f"mask must be a Mask, got {checks.describe(mask)}{hint}")
         _refuse_traced(mask=mask, offset=offset, key_positions=key_positions)
         key_length = query_length if key_length is None else key_length
-        read = _checked(mask, query_length, key_length, offset, key_positions)
+        read = checked(mask, query_length, key_length, offset, key_positions)
         return cls(*read, None if key_positions is None else np.atleast_2d(np.asarray(key_positions)))
 
     @classmethod
@@ -267,14 +267,6 @@ def _refuse_traced(**arguments: Any) -> None:
     for name, value in arguments.items():
         if any(map(checks.is_traced, jax.tree.leaves(value))):
             raise TypeError(f"{name} is being traced, and has no contents to draw yet: draw it outside of jit")
-
-
-def _block(block: int | Block | None) -> Block:
-    """The smallest tiles to draw: those asked for, or pairs."""
-    if block is None:
-        return 1, 1
-    queries, keys = block if isinstance(block, tuple) and len(block) == 2 else (block, block)
-    return checks.integer("block", queries, minimum=1), checks.integer("block", keys, minimum=1)
 
 
 def _fitting(block: Block, lengths: tuple[int, int], most: tuple[int, int]) -> Block:

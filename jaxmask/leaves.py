@@ -313,13 +313,13 @@ class Segments(Mask):
         return super().at_keys(key_positions) if self.key_ids is None else self
 
     def allows(self, b: Index, h: Index, q: Index, kv: Index) -> Allowed:
-        (query_ids, query_given), (key_ids, key_given) = self._of_queries(b, q), self._of_keys(b, kv)
+        (query_ids, query_given), (key_ids, key_given) = self.of_queries(b, q), self.of_keys(b, kv)
         return (query_ids == key_ids) & query_given & key_given
 
     def tile_bounds(self, b: Index, h: Index, q: Span, kv: Span) -> Bounds:
         (query_ids, query_given), (key_ids, key_given) = (
-            self._of_queries(b, q.positions),
-            self._of_keys(b, kv.positions),
+            self.of_queries(b, q.positions),
+            self.of_keys(b, kv.positions),
         )
         some, every = _share(q.least(query_ids), q.most(query_ids), kv.least(key_ids), kv.most(key_ids))
         return (
@@ -327,11 +327,13 @@ class Segments(Mask):
             every & q.least(query_given) & kv.least(key_given),
         )
 
-    def _of_queries(self, b: Index, q: Index) -> tuple[Any, Allowed]:
+    def of_queries(self, b: Index, q: Index) -> tuple[Any, Allowed]:
+        """The ids of the queries at positions ``q``, and which of them have one."""
         row = q - self.offset
         return lookup(self.query_ids, b=b, q=row), inside(row, self.query_ids.shape[1])
 
-    def _of_keys(self, b: Index, kv: Index) -> tuple[Any, Allowed]:
+    def of_keys(self, b: Index, kv: Index) -> tuple[Any, Allowed]:
+        """The ids of the keys ``kv``, and which of them have one."""
         ids = self.query_ids if self.key_ids is None else self.key_ids
         return lookup(ids, b=b, kv=kv), inside(kv, ids.shape[1])
 

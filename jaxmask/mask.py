@@ -137,7 +137,7 @@ class Mask:
         >>> SlidingWindow(3).dense(1, 4, offset=5, key_positions=ring)
         Array([[[[ True,  True, False,  True]]]], dtype=bool)
         """
-        return _dense(*_checked(self, query_length, key_length, offset, key_positions))
+        return _dense(*checked(self, query_length, key_length, offset, key_positions))
 
     def bias(
         self,
@@ -165,7 +165,7 @@ class Mask:
         Array([[[[ 0.00e+00, -6.55e+04],
                  [-6.55e+04,  0.00e+00]]]], dtype=float16)
         """
-        read = _checked(self, query_length, key_length, offset, key_positions)
+        read = checked(self, query_length, key_length, offset, key_positions)
         return _bias(*read, checks.float_dtype(dtype))
 
     def tiles(
@@ -204,7 +204,7 @@ class Mask:
          [0 1 2 1]]
         """
         block = checks.block(block)
-        mask, query_length, key_length, first = _checked(self, query_length, key_length, offset, key_positions)
+        mask, query_length, key_length, first = checked(self, query_length, key_length, offset, key_positions)
         states = (_states if is_static(mask, first) else _traced_states)(mask, query_length, key_length, first, block)
         return TileMap(states, mask, first, query_length, key_length, block)
 
@@ -478,7 +478,7 @@ def common_shape(masks: Sequence[Mask], joined: str) -> tuple[int, int, int]:
     return batch, heads, kv
 
 
-def _checked(
+def checked(
     mask: Mask, query_length: int, key_length: int, offset: Offset | None, key_positions: KeyPositions | None
 ) -> tuple[Mask, int, int, Offset]:
     """The mask to be read, of the indices of keys, at the lengths and from the position that are meant."""

@@ -339,7 +339,7 @@ def _segment_ids(segments: Segments | None, of_keys: list[Mask], b: Any, q: Any,
         return None
     (query_ids, query_given), (key_ids, key_given) = (_ONE_SEGMENT, True), (_ONE_SEGMENT, True)
     if segments is not None:
-        (query_ids, query_given), (key_ids, key_given) = segments._of_queries(b, q), segments._of_keys(b, kv)
+        (query_ids, query_given), (key_ids, key_given) = segments.of_queries(b, q), segments.of_keys(b, kv)
     valid = reduce(operator.and_, (mask.allows(b, 0, 0, kv) for mask in of_keys), key_given)
     query_ids, key_ids = jnp.asarray(query_ids, jnp.int32), jnp.asarray(key_ids, jnp.int32)
     # Ids that no other has, for what attends to nothing.
