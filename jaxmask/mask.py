@@ -442,7 +442,7 @@ class _AtKeys(Mask):
 
     def tile_bounds(self, b: Index, h: Index, q: Span, kv: Span) -> Bounds:
         positions = lookup(_as_rows(self.key_positions), b=b, kv=kv.positions)
-        return self.mask.tile_bounds(b, h, q, Span(positions, kv.axis, kv.size))
+        return self.mask.tile_bounds(b, h, q, kv.at(positions))
 
     def at_keys(self, key_positions: KeyPositions) -> Mask:
         return self

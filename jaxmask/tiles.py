@@ -35,6 +35,10 @@ class Span:
     # The position of index 0. Apart from the indices, which are reduced at trace time where the first is traced.
     first: Int[Array | np.ndarray, "..."] | int = 0
 
+    def at(self, positions: Int[Array | np.ndarray, "..."]) -> "Span":
+        """The same tiles, of other positions."""
+        return Span(positions, self.axis, self.size)
+
     @property
     def positions(self) -> Int[Array | np.ndarray, "..."]:
         """All of them, one by one."""

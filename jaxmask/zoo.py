@@ -71,8 +71,7 @@ class Axis(Mask):
         return self.mask.allows(b, h, self._coordinate(q), self._coordinate(kv))
 
     def tile_bounds(self, b: Index, h: Index, q: Span, kv: Span) -> Bounds:
-        queries, keys = self._coordinate(q.positions), self._coordinate(kv.positions)
-        return self.mask.tile_bounds(b, h, Span(queries, q.axis, q.size), Span(keys, kv.axis, kv.size))
+        return self.mask.tile_bounds(b, h, q.at(self._coordinate(q.positions)), kv.at(self._coordinate(kv.positions)))
 
     def _coordinate(self, position: Any) -> Any:
         return (position - self.start) // self.stride % self.size
@@ -116,7 +115,7 @@ class Reordered(Mask):
 
     def tile_bounds(self, b: Index, h: Index, q: Span, kv: Span) -> Bounds:
         (queries, q_given), (keys, kv_given) = self._look_up(b, q=q.positions), self._look_up(b, kv=kv.positions)
-        some, every = self.mask.tile_bounds(b, h, Span(queries, q.axis, q.size), Span(keys, kv.axis, kv.size))
+        some, every = self.mask.tile_bounds(b, h, q.at(queries), kv.at(keys))
         return some & q.most(q_given) & kv.most(kv_given), every & q.least(q_given) & kv.least(kv_given)
 
     def _look_up(self, b: Index, **position: Index) -> tuple[Any, Any]:

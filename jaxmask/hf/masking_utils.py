@@ -94,7 +94,7 @@ class _Moved(Mask):
 
     def tile_bounds(self, b: Index, h: Index, q: Span, kv: Span) -> Bounds:
         moved_q, moved_kv = self.move(b, q.positions, kv.positions)
-        return self.mask.tile_bounds(b, h, Span(moved_q, q.axis, q.size), Span(moved_kv, kv.axis, kv.size))
+        return self.mask.tile_bounds(b, h, q.at(moved_q), kv.at(moved_kv))
 
 
 class _Shifted(_Moved):
