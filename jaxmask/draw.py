@@ -18,7 +18,7 @@ import jax
 import numpy as np
 
 from jaxmask import checks
-from jaxmask.mask import KeyPositions, Mask, Offset, checked
+from jaxmask.mask import KeyPositions, Mask, Offset, checked, refuse_no_mask
 from jaxmask.tiles import EMPTY, FULL, PARTIAL, TileMap
 
 if TYPE_CHECKING:
@@ -219,8 +219,7 @@ class _Reading:
     @classmethod
     def of(cls, mask: Mask, query_length: int, key_length: int | None, offset: Any, key_positions: Any) -> Self:
         if not isinstance(mask, Mask):
-            hint = "; wrap it in Dense(allowed) or Padding(valid)" if checks.is_array(mask) else ""
-            raise TypeError(f"mask must be a Mask, got {checks.describe(mask)}{hint}")
+            refuse_no_mask(mask, "mask must be a Mask")
         _refuse_traced(mask=mask, offset=offset, key_positions=key_positions)
         key_length = query_length if key_length is None else key_length
         read = checked(mask, query_length, key_length, offset, key_positions)

@@ -218,7 +218,7 @@ class Mask:
         return Not(self)
 
     def __rand__(self, other: object) -> NoReturn:
-        _refuse_operand(other)
+        refuse_no_mask(other)
 
     __ror__ = __rand__
     # So that NumPy leaves `array & mask` to the line above, instead of combining element by element.
@@ -343,7 +343,7 @@ class _Combination(Mask):
     def of(cls, left: Mask, right: object) -> Mask:
         """Both masks in one, as flat and as small as the algebra allows."""
         if not isinstance(right, Mask):
-            _refuse_operand(right)
+            refuse_no_mask(right)
         parts = [part for mask in (left, right) for part in (mask.masks if isinstance(mask, cls) else (mask,))]
         parts = [part for part in parts if not isinstance(part, cls.neutral)]
         if any(isinstance(part, cls.absorbing) for part in parts):
@@ -576,6 +576,7 @@ def _is_static(value: object) -> bool:
     return value is None or isinstance(value, int) or callable(value)
 
 
-def _refuse_operand(value: object) -> NoReturn:
+def refuse_no_mask(value: object, expected: str = "a mask combines only with masks") -> NoReturn:
+    """Say what was expected, and how an array that came instead becomes a mask."""
     hint = "; wrap it in Dense(allowed) or Padding(valid)" if checks.is_array(value) else ""
-    raise TypeError(f"a mask combines only with masks, got {checks.describe(value)}{hint}")
+    raise TypeError(f"{expected}, got {checks.describe(value)}{hint}")

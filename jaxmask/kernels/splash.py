@@ -29,7 +29,7 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxmask import checks
 from jaxmask.indices import as_4d, by_batch, iota, is_static, library
 from jaxmask.leaves import Chunked, Dense, Padding, PerHead, Predicate, Prefix, Segments
-from jaxmask.mask import And, Full, Mask, Not, Offset, Or
+from jaxmask.mask import And, Full, Mask, Not, Offset, Or, refuse_no_mask
 from jaxmask.tiles import EMPTY, FULL, PARTIAL
 
 # A logit beside those of the keys of every row, which splash calls a sink. It takes nothing of the softmax where a row
@@ -174,8 +174,7 @@ def to_splash(
     (1, 2, 128, 64)
     """
     if not isinstance(mask, Mask):
-        hint = "; wrap it in Dense(allowed) or Padding(valid)" if checks.is_array(mask) else ""
-        raise TypeError(f"mask must be a mask, got {checks.describe(mask)}{hint}")
+        refuse_no_mask(mask, "mask must be a mask")
     query_length = checks.integer("query_length", checks.length("query_length", query_length), minimum=1)
     key_length = checks.integer("key_length", checks.length("key_length", key_length), minimum=1)
     if partial_tiles is not None:
