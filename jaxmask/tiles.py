@@ -134,7 +134,7 @@ class TileMap:
     @property
     def kv_indices(self) -> Int[Array | np.ndarray, "batch heads q_tiles kv_tiles"]:
         """For each tile of queries, the tiles of keys: those that are not EMPTY first, each part in order."""
-        return _in_order(self.states == EMPTY)
+        return in_order(self.states == EMPTY)
 
     @property
     def q_counts(self) -> Int[Array | np.ndarray, "batch heads kv_tiles"]:
@@ -144,7 +144,7 @@ class TileMap:
     @property
     def q_indices(self) -> Int[Array | np.ndarray, "batch heads kv_tiles q_tiles"]:
         """For each tile of keys, the tiles of queries: those that are not EMPTY first, each part in order."""
-        return _in_order((self.states == EMPTY).swapaxes(2, 3))
+        return in_order((self.states == EMPTY).swapaxes(2, 3))
 
     def show(self) -> None:
         """Print the states in the terminal, a character for each tile."""
@@ -158,6 +158,6 @@ class TileMap:
         return draw.html_tiles(self)
 
 
-def _in_order(last: Any) -> Any:
+def in_order(last: Any) -> Any:
     """The indices along the last axis, those that are ``last`` last."""
     return library(last).argsort(last, axis=-1, stable=True).astype(np.int32)

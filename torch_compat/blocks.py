@@ -12,6 +12,7 @@ from torch.nn.attention.flex_attention import BlockMask
 from jaxmask import EMPTY, FULL, PARTIAL, Mask, TileMap, checks
 from jaxmask.indices import by_example, iota, is_static, library
 from jaxmask.mask import Offset
+from jaxmask.tiles import in_order
 
 # How many tiles are written out at once: 8 MiB of bools, in tiles of 128 by 128.
 _TILES_AT_ONCE = 512
@@ -51,19 +52,17 @@ def to_block_mask(tiles: TileMap, mask_mod: Callable[..., torch.Tensor] | None =
     if mask_mod is None:
         mask_mod = _lookup(tiles, states, undecided, patterns)
     return BlockMask.from_kv_blocks(
-        *_in_order((states != EMPTY) & ~full),
-        *_in_order(full),
+        *_counted((states != EMPTY) & ~full),
+        *_counted(full),
         BLOCK_SIZE=tiles.block,
         mask_mod=mask_mod,
         seq_lengths=(tiles.query_length, tiles.key_length),
     )
 
 
-def _in_order(chosen: Bool[np.ndarray, "batch heads q_tiles kv_tiles"]) -> tuple[torch.Tensor, torch.Tensor]:
+def _counted(chosen: Bool[np.ndarray, "batch heads q_tiles kv_tiles"]) -> tuple[torch.Tensor, torch.Tensor]:
     """How many tiles of each row are chosen, and the tiles of each row, the chosen ones first."""
-    counts = chosen.sum(axis=3, dtype=np.int32)
-    indices = np.argsort(~chosen, axis=3, stable=True).astype(np.int32)
-    return torch.from_numpy(counts), torch.from_numpy(indices)
+    return torch.from_numpy(chosen.sum(axis=3, dtype=np.int32)), torch.from_numpy(in_order(~chosen))
 
 
 def _is_whole(tiles: TileMap) -> Bool[np.ndarray, "q_tiles kv_tiles"]:

@@ -56,3 +56,14 @@ def to_jax(tensor: torch.Tensor) -> jax.Array:
             'jax.config.update("jax_enable_x64", True)'
         )
     return jnp.from_dlpack(tensor.contiguous())
+
+
+def bits(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor as integers, so that -0.0 is not 0.0."""
+    integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    return tensor.contiguous().view(integers[tensor.element_size()])
+
+
+def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether two tensors of one dtype are equal, bit for bit."""
+    return torch.equal(bits(one), bits(other))

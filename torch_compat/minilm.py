@@ -9,7 +9,7 @@ from transformers import AutoModel, AutoTokenizer
 from transformers.utils import logging
 
 import jaxmask
-from torch_compat.bridge import to_jax, to_torch
+from torch_compat.bridge import same_bits, to_jax, to_torch
 from torch_compat.cases import TEXTS, minilm_folder
 
 
@@ -70,8 +70,6 @@ def check(attention: Literal["eager", "sdpa"]) -> ModelCheck:
         sentences=len(TEXTS),
         tokens=int(inputs["attention_mask"].sum()),
         layers=len(own),
-        identical_layers=sum(
-            torch.equal(a.view(torch.int32), b.view(torch.int32)) for a, b in zip(own, ours, strict=True)
-        ),
+        identical_layers=sum(map(same_bits, own, ours)),
         mask_matters=not torch.equal(own[-1], unmasked[-1]),
     )

@@ -15,7 +15,7 @@ import torch
 import transformers
 
 from jaxmask.hf import masking_utils
-from torch_compat.bridge import to_jax, to_torch
+from torch_compat.bridge import same_bits, to_jax, to_torch
 
 PROMPT, STEPS, WINDOW = 7, 8, 4
 _SIZES: dict[str, Any] = {
@@ -92,8 +92,8 @@ def check(name: str) -> ModelCheck:
             runs += 1
             masks += len(calls)
             outputs += len(own)
-            identical += sum(map(_same_bits, own, ours))
-            mask_matters &= not all(map(_same_bits, own, unmasked))
+            identical += sum(map(same_bits, own, ours))
+            mask_matters &= not all(map(same_bits, own, unmasked))
     return ModelCheck(name, attentions, runs, outputs, identical, masks, mask_matters)
 
 
@@ -166,7 +166,3 @@ def _to_jax(value: Any) -> Any:
 
 def _without_mask(name: str, calls: list[str]) -> Callable[..., None]:
     return lambda *arguments, **named: None
-
-
-def _same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
-    return torch.equal(one.view(torch.int32), other.view(torch.int32))

@@ -31,7 +31,7 @@ from jaxmask.hf import modeling_attn_mask_utils as jax_masks
 from torch_compat import cases as older_cases
 from torch_compat import masking_cases, minilm, reference, tiny_models
 from torch_compat.blocks import to_block_mask
-from torch_compat.bridge import to_torch
+from torch_compat.bridge import bits, to_torch
 from torch_compat.cases import DTYPES, Case, Side
 
 ORACLES: dict[str, ModuleType] = {"reference": reference, "transformers": transformers_masks}
@@ -76,7 +76,7 @@ def compare(ours: object, theirs: object) -> str | None:
     converted = to_torch(ours) if isinstance(ours, jax.Array) else ours
     if converted.dtype != theirs.dtype or converted.shape != theirs.shape:
         return f"ours {converted.dtype}{list(converted.shape)}, theirs {theirs.dtype}{list(theirs.shape)}"
-    differs = (_bits(converted) != _bits(theirs)).nonzero()
+    differs = (bits(converted) != bits(theirs)).nonzero()
     if len(differs) == 0:
         return None
     index = tuple(differs[0].tolist())
@@ -97,12 +97,6 @@ def _parts(mask: BlockMask) -> dict[str, Any]:
     ]
     parts = {name: getattr(mask, name) for name in (*names, "seq_lengths", "BLOCK_SIZE")}
     return parts | {"mask_mod": create_mask(mask.mask_mod, *mask.shape, device="cpu")}
-
-
-def _bits(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor as integers, so that -0.0 is not 0.0."""
-    integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    return tensor.contiguous().view(integers[tensor.element_size()])
 
 
 def _error_kind(value: object) -> type[Exception] | None:
