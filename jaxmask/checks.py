@@ -1,10 +1,11 @@
 """What input is acceptable, and how to say no: every refusal names the argument, what came, what was expected.
 
-Only shapes, dtypes and static values are looked at, never the contents of a JAX array, so each of these answers at
-trace time and costs nothing in the compiled program.
+To refuse, only shapes, dtypes and static values are looked at, never the contents of a JAX array, so each of these
+answers at trace time and costs nothing in the compiled program.
 """
 
 import operator
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -76,6 +77,15 @@ def has_64_bits() -> bool:
 def is_traced(value: object) -> bool:
     """Whether ``value`` is an array in the making, whose contents cannot be looked at."""
     return isinstance(value, Tracer)
+
+
+def known(mask: Any, claim: Callable[[Any], Any] = lambda mask: mask) -> bool:
+    """Whether a claim about all elements of a mask is known to be true: what is traced is not looked at."""
+    if is_traced(mask):
+        return False
+    # In the middle of a trace, too.
+    with jax.ensure_compile_time_eval():
+        return bool(jnp.all(claim(mask)))
 
 
 def is_array(value: object) -> bool:

@@ -253,7 +253,9 @@ def ignore_causal_mask_sdpa(
         return False
     if attention_mask is None:
         return is_training or not checks.is_traced(inputs_embeds)
-    return attention_mask.ndim == 2 and not checks.is_traced(inputs_embeds) and _is_all_ones(attention_mask)
+    if attention_mask.ndim != 2 or checks.is_traced(inputs_embeds):
+        return False
+    return checks.known(attention_mask, lambda mask: mask == 1)
 
 
 def create_4d_causal_attention_mask(
@@ -398,7 +400,8 @@ def prepare_4d_attention_mask_for_sdpa(
     >>> prepare_4d_attention_mask_for_sdpa(jnp.ones((1, 2))) is None
     True
     """
-    return None if _is_all_ones(checks.array("mask", mask, "bif", 2)) else expand_mask(mask, tgt_len, dtype=dtype)
+    checks.array("mask", mask, "bif", 2)
+    return None if checks.known(mask, lambda mask: mask == 1) else expand_mask(mask, tgt_len, dtype=dtype)
 
 
 def _causal(sliding_window: int | None) -> Mask:
@@ -464,8 +467,3 @@ def _checked_offset(query_length: int, key_value_length: int, past_key_values_le
             f"{key_value_length}"
         )
     return past
-
-
-def _is_all_ones(mask: Shaped[Array | np.ndarray, "..."]) -> bool:
-    """Whether the mask masks nothing, as far as can be known: what is traced is not looked at."""
-    return not checks.is_traced(mask) and bool((mask == 1).all())

@@ -352,3 +352,10 @@ def test_a_traced_mask_of_ones_is_still_written_out() -> None:
     )
     assert traced is not None
     assert traced.shape == (1, 1, 3, 3)
+
+
+def test_a_mask_of_ones_that_is_no_argument_of_a_program_is_left_out_there() -> None:
+    valid, padded, embeds = jnp.ones((1, 3)), jnp.array([[0, 1, 1]]), jnp.zeros((1, 3, 8))
+    assert jax.eval_shape(lambda: jaxmask.prepare_4d_attention_mask_for_sdpa(valid)) is None
+    assert jax.eval_shape(lambda: jaxmask.prepare_4d_causal_attention_mask_for_sdpa(valid, (1, 3), embeds, 0)) is None
+    assert jax.eval_shape(lambda: jaxmask.prepare_4d_attention_mask_for_sdpa(padded)) is not None

@@ -458,7 +458,7 @@ def flash_attention_mask(
     if attention_mask is None:
         return None
     last = attention_mask[:, -call.kv_length :]
-    if last.shape[1] == call.kv_length and _known(attention_mask, lambda m: m[:, -call.kv_length :]):
+    if last.shape[1] == call.kv_length and checks.known(attention_mask, lambda m: m[:, -call.kv_length :]):
         return None
     return jnp.asarray(last)
 
@@ -484,7 +484,7 @@ def flex_attention_mask(
      [2 1]]
     """
     call = _Call.of(batch_size, q_length, kv_length, q_offset, kv_offset, attention_mask)
-    if attention_mask is not None and _known(attention_mask):
+    if attention_mask is not None and checks.known(attention_mask):
         call = _Call.of(batch_size, q_length, kv_length, q_offset, kv_offset, None)
     return call.mask(mask_function).tiles(call.q_length, call.kv_length, offset=call.q_offset)
 
@@ -569,7 +569,7 @@ class _Call:
         if self.attention_mask is None:
             return True
         reached = self.attention_mask.shape[1] >= self.kv_length + self.kv_offset
-        return bool(reached) and _known(self.attention_mask)
+        return bool(reached) and checks.known(self.attention_mask)
 
 
 def find_first_full_attention_index(cache: Any) -> int:
@@ -964,7 +964,7 @@ def create_recurrent_attention_mask(
         return None
     checks.array("attention_mask", attention_mask, "bif")
     q_length = checks.array("inputs_embeds", inputs_embeds, "bif", 2, 3, 4).shape[1]
-    if attention_mask.ndim != 2 or q_length == 1 or _known(attention_mask, lambda m: m == 1):
+    if attention_mask.ndim != 2 or q_length == 1 or checks.known(attention_mask, lambda m: m == 1):
         return None
     return jnp.asarray(attention_mask[:, -q_length:])
 
@@ -1071,14 +1071,6 @@ def _valid(name: str, mask: Any) -> Any:
         return mask
     with jax.ensure_compile_time_eval():
         return mask != 0
-
-
-def _known(mask: Any, claim: Callable[[Any], Any] = lambda mask: mask) -> bool:
-    """Whether a claim about all elements of a mask is known to be true: what is traced is not looked at."""
-    if checks.is_traced(mask):
-        return False
-    with jax.ensure_compile_time_eval():
-        return bool(jnp.all(claim(mask)))
 
 
 def _at_hand(valid: Any, kv_length: int, kv_offset: Scalar) -> Any:
