@@ -377,8 +377,7 @@ def global_sliding_window(window_size: Scalar, is_global: Shaped[Array | np.ndar
     """
     checks.scalar("window_size", window_size, minimum=0)
     checks.array("is_global", is_global, "bi", 2)
-    everywhere = Padding(is_global)
-    return Window(window_size, window_size) | everywhere | Transposed(everywhere)
+    return Window(window_size, window_size) | _both_ways(Padding(is_global))
 
 
 def longformer(
@@ -405,9 +404,7 @@ def longformer(
         raise ValueError(f"attention_window must be even, half of it to each side, got {attention_window}")
     checks.scalar("dilation", dilation, minimum=1)
     checks.array("is_global", is_global, "bi", 2)
-    everywhere = Padding(is_global)
-    window = dilated_sliding_window(attention_window // 2 * dilation, dilation)
-    return window | everywhere | Transposed(everywhere)
+    return dilated_sliding_window(attention_window // 2 * dilation, dilation) | _both_ways(Padding(is_global))
 
 
 def bigbird(random_blocks: Int[Array | np.ndarray, "heads middle_blocks random"], block_size: Scalar) -> Mask:
@@ -675,7 +672,7 @@ def sta(canvas: Sequence[int], kernel: Sequence[int], tile: Sequence[int], text_
     checks.integer("text_seq_len", text_seq_len, minimum=0)
     vision, text = Prefix(math.prod(canvas)), math.prod(canvas) + text_seq_len
     near = _neighbours(_divided(canvas, tile), _divided(kernel, tile), stride=math.prod(tile))
-    return (near | ~vision | Transposed(~vision)) & Prefix(text)
+    return (near | _both_ways(~vision)) & Prefix(text)
 
 
 def svg_spatial_head(
@@ -728,8 +725,8 @@ def svg_temporal_head(prompt_length: int, num_frames: int, token_per_frame: int,
     checks.integer("token_per_frame", token_per_frame, minimum=1)
     near = checks.integer("width", width, minimum=1) * token_per_frame // num_frames
     checks.integer("width * token_per_frame // num_frames", near, minimum=1)
-    prompt = Prefix(prompt_length)
-    return prompt | Transposed(prompt) | Axis(Window(near - 1, near - 1), token_per_frame, start=prompt_length)
+    frames = Axis(Window(near - 1, near - 1), token_per_frame, start=prompt_length)
+    return _both_ways(Prefix(prompt_length)) | frames
 
 
 def jetspec_tree(
@@ -873,6 +870,11 @@ def vsa(
             f"{checks.describe(sizes)}"
         )
     return chosen & Padding((np.arange(tile_numel) < sizes[..., None]).reshape(sizes.shape[0], -1))
+
+
+def _both_ways(mask: Mask) -> Mask:
+    """A mask of the keys that all attend to, and these, as queries, attend to all."""
+    return mask | Transposed(mask)
 
 
 def _neighbours(canvas: Sequence[int], kernel: Sequence[int], stride: int = 1) -> Mask:
