@@ -1,14 +1,10 @@
 """Bad input is refused, and the refusal names the argument, what came and what was expected; while tracing too."""
 
-import re
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 import torch
 
 import jaxmask
@@ -29,6 +25,7 @@ from jaxmask import (
 from jaxmask.bias import from_allowed
 from jaxmask.hf import modeling_attn_mask_utils as hf
 from jaxmask.parse import MaskSyntaxError, parse_mask
+from tests.bad import bad, refusal, refusals
 
 # Bad input is what the types forbid: nothing here is known to the type checker.
 lib: Any = jaxmask
@@ -45,21 +42,6 @@ IDS: Any = np.ones((2, 5), np.int64)
 TENSOR: Any = torch.ones(2, 5, dtype=torch.bool)
 TO_JAX = r"torch_compat\.to_jax"
 TENSOR_CAME = r"a torch tensor bool\[2, 5\]"
-
-
-@dataclass(frozen=True)
-class Bad:
-    """A call that must fail. Where ``argument`` is given, the call takes it, and is made while it is traced, too."""
-
-    name: str
-    call: Callable[..., object]
-    error: type[Exception]
-    says: tuple[str, ...]
-    argument: Any = None
-
-
-def bad(name: str, call: Callable[..., object], error: type[Exception], *says: str, argument: Any = None) -> Bad:
-    return Bad(name, call, error, says, argument)
 
 
 def fine_predicate(b: Any, h: Any, q: Any, kv: Any) -> Any:
@@ -1036,31 +1018,7 @@ TABLE = [
     ),
 ]
 
-every_row = pytest.mark.parametrize("row", TABLE, ids=[row.name for row in TABLE])
-
-
-def refusal(call: Callable[[], object], error: type[Exception]) -> str:
-    with pytest.raises(error) as caught:
-        call()
-    assert type(caught.value) is error
-    return str(caught.value)
-
-
-@every_row
-def test_bad_input_is_refused_in_full(row: Bad) -> None:
-    message = refusal(lambda: row.call() if row.argument is None else row.call(row.argument), row.error)
-    assert [fragment for fragment in row.says if not re.search(fragment, message)] == [], message
-
-
-@every_row
-def test_bad_input_is_refused_while_tracing(row: Bad) -> None:
-    def traced(argument: Any) -> jax.Array:
-        row.call() if row.argument is None else row.call(argument)
-        return jnp.zeros(())
-
-    argument: Any = jnp.zeros(()) if row.argument is None else row.argument
-    message = refusal(lambda: jax.jit(traced)(argument), row.error)
-    assert [fragment for fragment in row.says if not re.search(fragment, message)] == [], message
+test_bad_input_is_refused = refusals(TABLE)
 
 
 def test_the_hint_of_an_additive_bias_is_for_masks_only() -> None:

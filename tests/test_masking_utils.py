@@ -1,7 +1,6 @@
 """``jaxmask.hf.masking_utils`` is Transformers' module on JAX arrays; its tiles are PyTorch's block masks."""
 
 import inspect
-import re
 import subprocess
 import sys
 import warnings
@@ -25,8 +24,8 @@ from transformers import masking_utils as transformers_masks
 import jaxmask
 from jaxmask import Causal, Chunked, Padding, Predicate, Prefix, Segments, SlidingWindow, TileMap
 from jaxmask.hf import masking_utils as masks
+from tests.bad import bad, refusals
 from tests.strategies import Described, Problem, cases, problems
-from tests.test_bad_input import Bad, bad, refusal
 from tests.test_mask_laws import compilations
 from torch_compat import masking_cases, verify
 from torch_compat.blocks import to_block_mask
@@ -660,21 +659,5 @@ TABLE = [
         argument=PADDED,
     ),
 ]
-every_row = pytest.mark.parametrize("row", TABLE, ids=[row.name for row in TABLE])
 
-
-@every_row
-def test_bad_input_is_refused(row: Bad) -> None:
-    message = refusal(lambda: row.call() if row.argument is None else row.call(row.argument), row.error)
-    assert [fragment for fragment in row.says if not re.search(fragment, message)] == [], message
-
-
-@every_row
-def test_bad_input_is_refused_while_tracing(row: Bad) -> None:
-    def traced(argument: Any) -> jax.Array:
-        row.call() if row.argument is None else row.call(argument)
-        return jnp.zeros(())
-
-    argument: Any = jnp.zeros(()) if row.argument is None else row.argument
-    message = refusal(lambda: jax.jit(traced)(argument), row.error)
-    assert [fragment for fragment in row.says if not re.search(fragment, message)] == [], message
+test_bad_input_is_refused = refusals(TABLE)
