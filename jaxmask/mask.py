@@ -260,7 +260,7 @@ class Mask:
         """
         if "_traced_names" not in self.__dict__:
             names = (field.name for field in fields(self))  # pyright: ignore[reportArgumentType]
-            self.__dict__["_traced_names"] = tuple(name for name in names if not _is_static(getattr(self, name)))
+            self.__dict__["_traced_names"] = tuple(name for name in names if not _is_structure(getattr(self, name)))
         return self.__dict__["_traced_names"]
 
     def _flatten(self) -> tuple[tuple[Any, ...], tuple[tuple[str, ...], tuple[tuple[str, Any], ...]]]:
@@ -572,7 +572,7 @@ def _not(truth: Allowed) -> Allowed:
     return not truth if isinstance(truth, bool) else ~truth
 
 
-def _is_static(value: object) -> bool:
+def _is_structure(value: object) -> bool:
     return value is None or isinstance(value, int) or callable(value)
 
 
