@@ -1,4 +1,4 @@
-"""Attention masks for JAX: described once, read as a boolean or as an additive bias, never written out needlessly.
+"""Attention masks for JAX: described once, read by every backend, never written out needlessly.
 
 >>> import jax.numpy as jnp
 >>> mask = Causal() & Padding(jnp.array([[0, 1, 1]]))
@@ -22,7 +22,9 @@ from jaxmask.converter import (
     prepare_4d_causal_attention_mask,
     prepare_4d_causal_attention_mask_for_sdpa,
 )
+from jaxmask.dispatch import Explanation, attention, explain
 from jaxmask.draw import plot, show
+from jaxmask.flax import make_attention_fn
 from jaxmask.leaves import (
     Causal,
     Chunked,
@@ -50,6 +52,7 @@ __all__ = [
     "Chunked",
     "Dense",
     "Empty",
+    "Explanation",
     "Full",
     "Mask",
     "Padding",
@@ -60,9 +63,12 @@ __all__ = [
     "SlidingWindow",
     "TileMap",
     "Window",
+    "attention",
     "create_4d_causal_attention_mask",
     "expand_mask",
+    "explain",
     "ignore_causal_mask_sdpa",
+    "make_attention_fn",
     "make_causal_mask",
     "plot",
     "prepare_4d_attention_mask",

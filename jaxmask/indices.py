@@ -72,6 +72,13 @@ def by_example(value: Any, b: Index) -> Any:
     return lookup(value, b=b) if np.ndim(value) else value
 
 
+def key_position(key_positions: Any, b: Index, kv: Index) -> Any:
+    """The position of the key of an index: the index itself, unless positions ``[kv]`` or ``[batch, kv]`` are given."""
+    if key_positions is None:
+        return kv
+    return lookup(key_positions if key_positions.ndim == 2 else key_positions[None], b=b, kv=kv)
+
+
 def by_batch(value: Any) -> Any:
     """A number for all, or one for each example ``[batch]``, as int32 ``[batch|1, 1, 1, 1]``."""
     return library(value).asarray(value, np.int32).reshape(-1, 1, 1, 1)

@@ -9,7 +9,7 @@ import operator
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
 from functools import partial, reduce
-from typing import Any, ClassVar, NoReturn, Self, dataclass_transform
+from typing import TYPE_CHECKING, Any, ClassVar, NoReturn, Self, dataclass_transform
 
 import jax
 import jax.numpy as jnp
@@ -17,8 +17,11 @@ import numpy as np
 from jaxtyping import Array, Bool, DTypeLike, Float, Int
 
 from jaxmask import bias, checks
-from jaxmask.indices import Allowed, Index, by_batch, iota, is_static, lookup
+from jaxmask.indices import Allowed, Index, by_batch, iota, is_static, key_position
 from jaxmask.tiles import Bounds, Span, TileMap, from_bounds
+
+if TYPE_CHECKING:
+    from jaxmask.split import Split
 
 # A Python int is static structure; an array in its place is traced.
 Scalar = int | Int[Array | np.ndarray, ""]
@@ -207,6 +210,29 @@ class Mask:
         mask, query_length, key_length, first = checked(self, query_length, key_length, offset, key_positions)
         states = (_states if is_static(mask, first) else _traced_states)(mask, query_length, key_length, first, block)
         return TileMap(states, mask, first, query_length, key_length, block)
+
+    def split(self, query_length: int, key_length: int, *, offset: Offset | None = None) -> "Split":
+        """What of this mask a fused kernel can take in its own arguments, and the mask that is left over.
+
+        Args:
+            query_length, key_length, offset: as in :meth:`dense`.
+
+        Returns:
+            The arguments of ``jax.nn.dot_product_attention``: ``is_causal``, ``local_window_size``,
+            ``key_value_seq_lengths``; and the ``residual``. A kernel may be used where that is ``Full()``.
+
+        Raises:
+            ValueError, TypeError: as :meth:`dense`.
+
+        >>> from jaxmask import Padding, SlidingWindow
+        >>> split = (SlidingWindow(3) & Padding(jnp.ones((1, 8), bool))).split(8, 8)
+        >>> print(split.is_causal, split.local_window_size, split.residual)
+        True (2, 0) Padding(bool[1, 8])
+        """
+        from jaxmask.split import split
+
+        checked(self, query_length, key_length, offset, None)
+        return split(self, query_length, key_length, offset)
 
     def __and__(self, other: "Mask") -> "Mask":
         return And.of(self, other)
@@ -438,10 +464,10 @@ class _AtKeys(Mask):
         pass  # positions are given, and any will do
 
     def allows(self, b: Index, h: Index, q: Index, kv: Index) -> Allowed:
-        return self.mask.allows(b, h, q, lookup(_as_rows(self.key_positions), b=b, kv=kv))
+        return self.mask.allows(b, h, q, key_position(self.key_positions, b, kv))
 
     def tile_bounds(self, b: Index, h: Index, q: Span, kv: Span) -> Bounds:
-        positions = lookup(_as_rows(self.key_positions), b=b, kv=kv.positions)
+        positions = key_position(self.key_positions, b, kv.positions)
         return self.mask.tile_bounds(b, h, q, kv.at(positions))
 
     def at_keys(self, key_positions: KeyPositions) -> Mask:

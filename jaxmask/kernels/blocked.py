@@ -1,0 +1,463 @@
+"""Attention over the tiles of a mask that are not EMPTY, in plain JAX, on any platform.
+
+The queries are cut into tiles. For each of them, strips of consecutive keys, all of one static width, cover the keys
+that it may attend to. In a strip whose tiles are all FULL the scores are used as they are; in any other, the mask
+decides in place. Softmax is computed online (https://arxiv.org/abs/1805.02867), and the backward pass computes the
+weights again from the log-sum-exp (https://arxiv.org/abs/2205.14135), so that memory is O(length) both ways.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
+from jaxtyping import Array, Float
+
+from jaxmask import indices
+from jaxmask.indices import iota
+from jaxmask.kernels import scores
+from jaxmask.kernels.call import Bias, Call, checked_call
+from jaxmask.mask import KeyPositions, Mask, Offset
+from jaxmask.tiles import EMPTY, FULL
+
+
+class Strips(NamedTuple):
+    """The strips of keys for each tile of queries, those that the mask must decide first. All int32.
+
+    Args:
+        first: the first key of each, ``[batch|1, kv_heads|1, q_tiles, strips]``.
+        decided: how many the mask must decide, ``[batch|1, kv_heads|1, q_tiles]``.
+        count: how many there are, ``[batch|1, kv_heads|1, q_tiles]``.
+    """
+
+    first: Any
+    decided: Any
+    count: Any
+
+
+def cover(states: Any, tile: int, width: int, key_length: int) -> Strips:
+    """Cover the tiles of ``tile`` keys that are not EMPTY, ``[…, q_tiles, kv_tiles]``, by strips of ``width`` keys."""
+    library = indices.library(states)
+    kv_tiles, span = states.shape[-1], width // tile
+    end = library.zeros((*states.shape[:-1], 1), np.int32)
+    # From each tile on, the next that is not EMPTY; and before each tile, how many are not FULL.
+    following = library.where(states == EMPTY, kv_tiles, np.arange(kv_tiles, dtype=np.int32))
+    following = library.concatenate((following, end + kv_tiles), -1)
+    following = library.minimum.accumulate(following[..., ::-1], axis=-1)[..., ::-1]
+    partial_before = library.concatenate((end, (states != FULL).cumsum(-1, dtype=np.int32)), -1)
+
+    def at(table: Any, tiles: Any) -> Any:
+        return library.take_along_axis(table, library.minimum(tiles, kv_tiles), -1)
+
+    def step(end: Any, _: None) -> Any:
+        first = at(following, end)
+        return first + span, first
+
+    if library is np:
+        found = [at(following, end)]
+        while (first := at(following, found[-1] + span)).min() < kv_tiles:
+            found.append(first)
+        first = np.concatenate(found, -1)
+    else:
+        first = jnp.moveaxis(lax.scan(step, end, length=-(-kv_tiles // span))[1][..., 0], 0, -1)
+    there = first < kv_tiles
+    full = (
+        there & (at(partial_before, first) == at(partial_before, first + span)) & (first * tile + width <= key_length)
+    )
+    order = library.argsort(library.where(there, full, 2), axis=-1, stable=True)
+    first = library.take_along_axis(library.where(there, first * tile, 0), order, -1)
+    return Strips(first.astype(np.int32), (there & ~full).sum(-1, dtype=np.int32), there.sum(-1, dtype=np.int32))
+
+
+class _Place(NamedTuple):
+    """The first example, head of keys, query and key of a step."""
+
+    example: Any
+    kv_head: Any
+    query: Any
+    key: Any
+
+
+@dataclass(frozen=True)
+class _Program:
+    """What the compiled program is specialised on.
+
+    A step takes some examples, heads of keys, queries and keys. Queries that share a head of keys are a group.
+    """
+
+    examples: int
+    kv_heads: int
+    group: int
+    queries: int
+    keys: int
+    # The axes of key and value.
+    key: str
+    value: str
+    # Factors of the query and of its products with the keys, together the scale: the first is faster, the other exact.
+    before: float
+    after: float
+    # The products and a part of the bias to what softmax takes: where the mask must decide, and where it need not.
+    decided: Callable[..., Any]
+    full: Callable[..., Any]
+
+    def part(self, axes: str, x: Any, at: _Place) -> tuple[tuple[Any, ...], tuple[int, ...]]:
+        """Where the part of ``x`` begins that a step takes, and its sizes. A size of 1 serves all."""
+        whole = {
+            "b": (at.example, self.examples),
+            "n": (at.kv_head, self.kv_heads),
+            "h": (at.kv_head * self.group, self.kv_heads * self.group),
+            "q": (at.query, self.queries),
+            "k": (at.key, self.keys),
+        }
+        parts = [whole.get(axis, (0, size)) if size > 1 else (0, 1) for axis, size in zip(axes, x.shape, strict=True)]
+        return tuple(start for start, _ in parts), tuple(size for _, size in parts)
+
+    def take(self, axes: str, x: Any, at: _Place) -> Any:
+        return lax.dynamic_slice(x, *self.part(axes, x, at))
+
+    def put(self, axes: str, total: Any, part: Any, at: _Place) -> Any:
+        return lax.dynamic_update_slice(total, part, self.part(axes, total, at)[0])
+
+    def add(self, axes: str, total: Any, part: Any, at: _Place) -> Any:
+        return self.put(axes, total, self.take(axes, total, at) + part, at)
+
+    def rows(self, x: Any, at: _Place) -> Any:
+        """A tile of queries, or of what there is for each, as ``[examples, kv_heads, group, queries, …]``."""
+        x = self.take("bqhd"[: x.ndim], x, at)
+        return jnp.moveaxis(x.reshape(*x.shape[:2], self.kv_heads, self.group, *x.shape[3:]), 1, 3)
+
+    def put_rows(self, total: Any, rows: Any, at: _Place) -> Any:
+        rows = jnp.moveaxis(rows, 3, 1)
+        rows = rows.reshape(*rows.shape[:2], -1, *rows.shape[4:]).astype(total.dtype)
+        return self.put("bqhd"[: total.ndim], total, rows, at)
+
+
+def _multiply(axes: str, a: Any, b: Any) -> Any:
+    return jnp.einsum(axes, a, b, preferred_element_type=jnp.promote_types(a.dtype, jnp.float32))
+
+
+def _for_each_tile(program: _Program, strips: Strips, step: Callable[..., Any], carry: Any) -> Any:
+    """Fold ``step(carry, at, own strips)`` over the tiles of queries."""
+    shape = strips.count.shape
+
+    def body(i: Any, carry: Any) -> Any:
+        example, kv_head, tile = jnp.unravel_index(i, shape)
+        at = _Place(example * program.examples, kv_head * program.kv_heads, tile * program.queries, 0)
+        return step(carry, at, Strips(*(x[example, kv_head, tile] for x in strips)))
+
+    return lax.fori_loop(0, int(np.prod(shape)), body, carry)
+
+
+def _for_each_strip(own: Strips, step: Callable[..., Any], carry: Any) -> Any:
+    """Fold ``step(carry, first key, must decide)`` over the strips of a tile of queries but the first."""
+    if own.first.shape[0] == 1:
+        return carry
+    carry = lax.fori_loop(1, own.decided, lambda j, carry: step(carry, own.first[j], True), carry)
+    return lax.fori_loop(
+        jnp.maximum(own.decided, 1), own.count, lambda j, carry: step(carry, own.first[j], False), carry
+    )
+
+
+def _scores(program: _Program, inputs: Any, at: _Place, rows: Any, first: Any, must_decide: bool) -> Any:
+    """Of a strip: its place, its key, and the function to its scores, ``[…, queries, keys]``, with its arguments."""
+    key, bias, arrays = inputs
+    length = key.shape[program.key.index("k")]
+    at = at._replace(key=jnp.minimum(first, length - program.keys))
+    k = program.take(program.key, key, at)
+    products = _multiply(f"bngqd,{program.key}->bngqk", rows, k) * program.after
+    part = None if bias is None else program.take("bhqk", bias, at)
+    call = program.decided if must_decide else program.full
+    floats, others = arrays[must_decide]
+
+    def change(products: Any, part: Any, floats: Any) -> Any:
+        flat = products.reshape(products.shape[0], -1, *products.shape[3:])
+        return call(floats, others, flat, part, *at, first).reshape(products.shape)
+
+    return at, k, change, (products, part, floats)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _run(
+    program: _Program, query: Any, key: Any, value: Any, bias: Any, sinks: Any, arrays: Any, strips: Strips
+) -> Any:
+    """The output and the log-sum-exp, ``[batch, q, heads(, dim)]``.
+
+    ``arrays`` is what the functions of the program close over, by whether the mask must decide: floats, and others.
+    """
+    return _forward(program, query, key, value, bias, sinks, arrays, strips)[0]
+
+
+def _forward(
+    program: _Program, query: Any, key: Any, value: Any, bias: Any, sinks: Any, arrays: Any, strips: Strips
+) -> Any:
+    accumulated = jnp.promote_types(query.dtype, jnp.float32)
+
+    def tile(carry: Any, at: _Place, own: Strips) -> Any:
+        rows = program.rows(query, at) * query.dtype.type(program.before)
+
+        def strip(first: Any, must_decide: bool) -> Any:
+            there, _, change, parts = _scores(program, (key, bias, arrays), at, rows, first, must_decide)
+            return change(*parts), program.take(program.value, value, there)
+
+        def attend(weights: Any, v: Any) -> Any:
+            return _multiply(f"bngqk,{program.value}->bngqd", weights.astype(v.dtype), v)
+
+        def step(carry: Any, first: Any, must_decide: bool) -> Any:
+            most, total, out = carry
+            s, v = strip(first, must_decide)
+            new = jnp.maximum(most, s.max(-1))
+            decay, weights = jnp.exp(most - new), jnp.exp(s - new[..., None])
+            return new, total * decay + weights.sum(-1), out * decay[..., None] + attend(weights, v)
+
+        s, v = strip(own.first[0], True)
+        most = jnp.maximum(s.max(-1), scores.LOWEST)
+        weights = jnp.exp(s - most[..., None])
+        most, total, out = _for_each_strip(own, step, (most, weights.sum(-1), attend(weights, v)))
+        if sinks is not None:
+            sink = program.take("h", sinks, at).reshape(1, program.kv_heads, program.group, 1)
+            new = jnp.maximum(most, sink)
+            decay = jnp.exp(most - new)
+            most, total, out = new, total * decay + jnp.exp(sink - new), out * decay[..., None]
+        there = total > 0
+        out = out / jnp.where(there, total, 1)[..., None]
+        # Of a row with no keys it is infinite here, so that the backward pass finds weights of 0.
+        lse = jnp.where(there, most + jnp.log(jnp.where(there, total, 1)), jnp.inf)
+        return program.put_rows(carry[0], out, at), program.put_rows(carry[1], lse, at)
+
+    shape = query.shape[:3]
+    start = jnp.zeros_like(query, value.dtype, (*shape, value.shape[3])), jnp.zeros_like(query, accumulated, shape)
+    out, lse = _for_each_tile(program, strips, tile, start)
+    return (out, lse), (query, key, value, bias, sinks, arrays, strips, out, lse)
+
+
+def _backward(program: _Program, residuals: Any, cotangents: Any) -> Any:
+    query, key, value, bias, sinks, arrays, strips, out, lse = residuals
+    dout, dlse = cotangents
+    accumulated = lse.dtype
+    delta = (dout.astype(accumulated) * out.astype(accumulated)).sum(-1) - dlse
+
+    def tile(carry: Any, at: _Place, own: Strips) -> Any:
+        rows = program.rows(query, at) * query.dtype.type(program.before)
+        drows, row_lse, row_delta = (program.rows(x, at) for x in (dout, lse, delta))
+
+        def step(carry: Any, first: Any, must_decide: bool) -> Any:
+            dq, dk, dv, dbias, dfloats = carry
+            there, k, change, parts = _scores(program, (key, bias, arrays), at, rows, first, must_decide)
+            v = program.take(program.value, value, there)
+            s, pull = jax.vjp(change, *parts)
+            weights = jnp.exp(s - row_lse[..., None])
+            dweights = _multiply(f"bngqd,{program.value}->bngqk", drows, v)
+            ds, dpart, dpart_floats = pull(weights * (dweights - row_delta[..., None]))
+            ds = (ds * program.after).astype(query.dtype)
+            if bias is not None:
+                dbias = program.add("bhqk", dbias, dpart, there)
+            dfloats = {**dfloats, must_decide: jax.tree.map(jnp.add, dfloats[must_decide], dpart_floats)}
+            dq = dq + _multiply(f"bngqk,{program.key}->bngqd", ds, k)
+            dk = program.add(program.key, dk, _multiply(f"bngqk,bngqd->{program.key}", ds, rows), there)
+            weights = weights.astype(dout.dtype)
+            dv = program.add(program.value, dv, _multiply(f"bngqk,bngqd->{program.value}", weights, drows), there)
+            return dq, dk, dv, dbias, dfloats
+
+        total, *sums = carry
+        dq, *sums = _for_each_strip(own, step, step((jnp.zeros_like(rows, accumulated), *sums), own.first[0], True))
+        return program.put_rows(total, dq * program.before, at), *sums
+
+    def zeros(x: Any) -> Any:
+        return jnp.zeros_like(x, jnp.promote_types(x.dtype, jnp.float32))
+
+    of_program = {must_decide: floats for must_decide, (floats, _) in arrays.items()}
+    start = jnp.zeros_like(query), *jax.tree.map(zeros, (key, value, bias, of_program))
+    dq, *sums = _for_each_tile(program, strips, tile, start)
+    dsinks = None if sinks is None else -(jnp.exp(sinks - lse) * delta).sum((0, 1))
+    inputs = key, value, bias, of_program, sinks
+    cotangents = *sums, dsinks
+    dk, dv, dbias, dfloats, dsinks = jax.tree.map(lambda x, like: x.astype(like.dtype), cotangents, inputs)
+    return dq, dk, dv, dbias, dsinks, {must_decide: (dfloats[must_decide], None) for must_decide in arrays}, None
+
+
+_run.defvjp(_forward, _backward)
+
+
+def _close(function: Callable[..., Any], *arguments: Any) -> tuple[Callable[..., Any], Any]:
+    """A function of the arrays that ``function`` closes over, and those arrays: floats, and others.
+
+    For a mask or a bias may close over arrays, of the program around it too, and differentiation must see them.
+    """
+    closed = jax.make_jaxpr(function)(*arguments)
+    is_float = [jnp.issubdtype(jnp.result_type(x), jnp.floating) for x in closed.consts]
+    floats, others = (
+        [x for x, yes in zip(closed.consts, is_float, strict=True) if yes == kind] for kind in (True, False)
+    )
+
+    def call(floats: Any, others: Any, *arguments: Any) -> Any:
+        left = {True: iter(floats), False: iter(others)}
+        consts = [next(left[yes]) for yes in is_float]
+        return jaxpr_as_fun(ClosedJaxpr(closed.jaxpr, consts))(*jax.tree.leaves(arguments))[0]
+
+    return call, (floats, others)
+
+
+def attention(
+    query: Float[Array | np.ndarray, "batch q heads dim"],
+    key: Float[Array | np.ndarray, "batch kv kv_heads dim"],
+    value: Float[Array | np.ndarray, "batch kv kv_heads dim_v"],
+    mask: Mask,
+    *,
+    bias: Bias | None = None,
+    sinks: Float[Array | np.ndarray, "heads"] | None = None,
+    scale: float | None = None,
+    offset: Offset | None = None,
+    key_positions: KeyPositions | None = None,
+    logits_soft_cap: float | None = None,
+    block: tuple[int, int] | None = None,
+    return_residual: bool = False,
+) -> Any:
+    """Attention in time O(tiles that are not EMPTY) and memory O(length), with gradients.
+
+    Args:
+        query, key, value, mask, bias, scale, offset, key_positions, logits_soft_cap: as in :func:`jaxmask.attention`.
+        sinks: a logit for each head that takes part in softmax beside those of the keys, and has no value: the
+            attention sinks of gpt-oss (``modeling_gpt_oss.eager_attention_forward`` in Transformers).
+        block: how many queries are in a tile, and how many keys in a strip; static. The default is 256 queries, few
+            enough that a narrow window wastes little, and all the keys that they may attend to where that is known to
+            be at most 1,280, else 512 at a time.
+        return_residual: whether to return the log-sum-exp too, by which partial results over several sets of keys are
+            joined: ring attention, split keys. Differentiable as well.
+
+    Returns:
+        ``[batch, q, heads, dim_v]`` in the dtype of the values. With ``return_residual`` also float32 (or float64)
+        ``[batch, q, heads]``, ``-inf`` for a query that attends to nothing, as ``jax.nn.dot_product_attention`` has it.
+
+    >>> from jaxmask import Causal
+    >>> x = jnp.ones((1, 4, 2, 8))
+    >>> out, lse = attention(x, x, x, Causal(), scale=0.0, return_residual=True)
+    >>> print(out.shape, jnp.exp(lse)[0, :, 0])
+    (1, 4, 2, 8) [1. 2. 3. 4.]
+    """
+    call = checked_call(query, key, value, mask, bias, scale, offset, key_positions, logits_soft_cap)
+    out, lse = _attention(*_static_start(call), sinks, block)
+    return (out, lse) if return_residual else out
+
+
+def attend(call: Call) -> Any:
+    """The output alone, of a call that is checked."""
+    return _attention(*_static_start(call), None, None)[0]
+
+
+def _static_start(call: Call) -> tuple[Call, bool]:
+    """A call, and whether it starts at position 0: static then, so that static tiles are found at trace time."""
+    at_start = call.offset is None or (isinstance(call.offset, int) and call.offset == 0)
+    return (replace(call, offset=None), True) if at_start else (call, False)
+
+
+@partial(jax.jit, static_argnames=("at_start", "block"))
+def _attention(call: Call, at_start: bool, sinks: Any, block: tuple[int, int] | None) -> Any:
+    call, sinks = _vary_alike((call, sinks))
+    query, key, value, bias = call.query, call.key, call.value, call.bias
+    (batch, query_length, heads, _), (_, key_length, kv_heads, _) = query.shape, key.shape
+    group = heads // kv_heads
+    queries, keys = block or (256, None)
+    queries, tile = min(queries, query_length), min(128 if keys is None or keys % 128 == 0 else keys, key_length)
+    states, mask, first = _states(call, 0 if at_start else call.offset, (queries, tile))
+    many = states.shape[2] > 1
+    keys = min(_keys(states, tile) if keys is None else keys, key_length // tile * tile)
+    strips = cover(states, tile, keys, key_length)
+    # On a CPU, the scores of one example at a time stay in the cache.
+    apart = states.shape[0] > 1 or (many and jax.default_backend() == "cpu")
+    lists = batch if apart else 1, states.shape[1]
+    strips = Strips(*(jnp.broadcast_to(x, (*lists, *x.shape[2:])) for x in strips))
+    examples, kv_heads_each = batch // lists[0], kv_heads // lists[1]
+
+    def change(products: Any, part: Any, *where: Any, must_decide: bool) -> Any:
+        example, kv_head, query, key, first_key = where
+        b = example + iota(examples, 0) if apart else iota(batch, 0)
+        h = kv_head * group + iota(group, 1) if lists[1] > 1 else iota(heads, 1)
+        q = indices.by_example(first, b) + query + iota(queries, 2)
+        kv = key + iota(keys, 3)
+        if callable(bias):
+            part = bias(b, h, q, indices.key_position(call.key_positions, b, kv))
+        allowed = None
+        if must_decide:
+            allowed = mask.allows(b, h, q, kv)
+            if strips.first.shape[-1] > 1:
+                allowed = allowed & (kv >= first_key)  # the last strip may overlap with the one before
+        return scores.finish(products, call.logits_soft_cap, part, allowed)
+
+    shape = examples, kv_heads_each * group, queries, keys
+    products = jnp.zeros_like(query, jnp.promote_types(query.dtype, jnp.float32), shape)
+    array = part = None
+    if bias is not None and not callable(bias):
+        array = indices.as_4d(bias)
+        sizes = tuple(size if length > 1 else 1 for size, length in zip(shape, array.shape, strict=True))
+        part = jnp.zeros_like(array, shape=sizes)
+        if array.shape[2] > 1:
+            array = jnp.pad(array, ((0, 0), (0, 0), (0, -query_length % queries), (0, 0)))
+    calls: dict[bool, Any] = {}
+    arrays: dict[bool, Any] = {}
+    for must_decide in (False, True):
+        where = [jnp.zeros_like(query, jnp.int32, ())] * 5
+        calls[must_decide], arrays[must_decide] = _close(
+            partial(change, must_decide=must_decide), products, part, *where
+        )
+
+    is_exact = query.dtype.itemsize >= 4
+    program = _Program(
+        examples=examples,
+        kv_heads=kv_heads_each,
+        group=group,
+        queries=queries,
+        keys=keys,
+        # Where many tiles of queries read them, transposed once. One tile may read but a small part of a cache.
+        key="bndk" if many else "bknd",
+        value="bnkd" if many else "bknd",
+        before=call.scale if is_exact else 1,
+        after=1 if is_exact else call.scale,
+        decided=calls[True],
+        full=calls[False],
+    )
+    query = jnp.pad(query, ((0, 0), (0, -query_length % queries), (0, 0), (0, 0)))
+    if many:
+        key, value = key.transpose(0, 2, 3, 1), value.transpose(0, 2, 1, 3)
+    results: tuple[Any, Any] = _run(program, query, key, value, array, sinks, arrays, strips)
+    out, lse = (x[:, :query_length] for x in results)
+    return out, jnp.where(lse == jnp.inf, -jnp.inf, lse)
+
+
+def _states(call: Call, offset: Any, block: tuple[int, int]) -> tuple[Any, Mask, Any]:
+    """The states of the tiles, ``[batch|1, kv_heads|1, q_tiles, kv_tiles]``, and the mask and offset to decide them."""
+    (_, query_length, _, _), (_, key_length, kv_heads, _) = call.query.shape, call.key.shape
+    tiles = call.mask.tiles(query_length, key_length, block=block, offset=offset, key_positions=call.key_positions)
+    states = tiles.states
+    if states.shape[1] > 1:
+        states = _union(states.reshape(states.shape[0], kv_heads, -1, *states.shape[2:]), 2)
+    if states.shape[2] == 1:  # a step of decoding, best done for all examples at once
+        states = _union(states, (0, 1))[None, None]
+    return states, tiles.mask, tiles.offset
+
+
+def _union(states: Any, axis: int | tuple[int, ...]) -> Any:
+    """The states of masks joined by ``|``, as far as it is FULL where each of them is."""
+    some, every = (states != EMPTY).any(axis), (states == FULL).all(axis)
+    return some.astype(np.int8) + every.astype(np.int8)
+
+
+def _keys(states: Any, tile: int) -> int:
+    """How many keys are in a strip: one strip for each tile of queries, if that is known to be short enough."""
+    most = 512 // tile
+    if indices.is_static(states):
+        there = states != EMPTY
+        spans = states.shape[-1] - there.argmax(-1) - there[..., ::-1].argmax(-1)
+        longest = int(np.where(there.any(-1), spans, 1).max())
+        most = longest if longest * tile <= 1280 else most
+    return max(most, 1) * tile
+
+
+def _vary_alike(arrays: Any) -> Any:
+    """Arrays that all vary over the axes of a ``shard_map`` over which any does, for loops will add them up."""
+    nothing = sum((jnp.zeros_like(leaf, jnp.int32, ()) for leaf in jax.tree.leaves(arrays)), start=jnp.int32(0))
+    return jax.tree.map(lambda leaf: leaf + nothing.astype(leaf.dtype), arrays)

@@ -1,0 +1,138 @@
+"""The arguments of one call of attention, checked, as every kernel takes them."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Array, Float
+
+from jaxmask import checks, indices
+from jaxmask.indices import Index
+from jaxmask.mask import Full, KeyPositions, Mask, Offset, checked, refuse_no_mask
+from jaxmask.split import Split
+
+# An array that broadcasts to [batch, heads, q, kv], or a function of positions, to be evaluated where it is needed.
+Bias = Float[Array | np.ndarray, "..."] | Callable[[Index, Index, Index, Index], Float[Array, "..."]]
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("query", "key", "value", "mask", "bias", "offset", "key_positions"),
+    meta_fields=("scale", "logits_soft_cap"),
+)
+@dataclass(frozen=True, eq=False)
+class Call:
+    """The arguments of :func:`jaxmask.attention`. The scale is known, and a function that is the bias is a pytree."""
+
+    query: Any
+    key: Any
+    value: Any
+    mask: Mask
+    bias: Bias | None
+    offset: Offset | None
+    key_positions: KeyPositions | None
+    scale: float
+    logits_soft_cap: float | None
+
+    def read(self) -> tuple[Mask, Offset]:
+        """The mask of the indices of keys, and the position of the first query."""
+        lengths = self.query.shape[1], self.key.shape[1]
+        mask, _, _, offset = checked(self.mask, *lengths, self.offset, self.key_positions)
+        return mask, offset
+
+    def split(self) -> Split:
+        """What of the mask a kernel can take in its own arguments."""
+        return self.mask.split(self.query.shape[1], self.key.shape[1], offset=self.offset)
+
+    @property
+    def platform(self) -> str:
+        """Where JAX runs by default: ``cpu``, ``gpu``, ``tpu``."""
+        return jax.default_backend()
+
+
+def checked_call(
+    query: Any,
+    key: Any,
+    value: Any,
+    mask: Mask | None,
+    bias: Any,
+    scale: float | None,
+    offset: Offset | None,
+    key_positions: KeyPositions | None,
+    logits_soft_cap: float | None,
+) -> Call:
+    """The arguments, when they are found to fit each other."""
+    for name, array in (("query", query), ("key", key), ("value", value)):
+        checks.array(name, array, "f")
+    shapes = ", ".join(f"{name} {checks.describe(x)}" for name, x in (("query", query), ("key", key), ("value", value)))
+    if not query.ndim == key.ndim == value.ndim == 4:
+        raise ValueError(
+            f"query, key and value must be [batch, length, heads, dim], got {shapes}; for a single example, give each "
+            "[None]"
+        )
+    if not query.dtype == key.dtype == value.dtype:
+        raise TypeError(f"query, key and value must have one dtype, got {shapes}; cast them by astype")
+    batch, query_length, heads, dim = query.shape
+    key_length, kv_heads = key.shape[1:3]
+    if (key.shape[0], value.shape[0], key.shape[3]) != (batch, batch, dim) or key.shape[:3] != value.shape[:3]:
+        raise ValueError(
+            "query, key and value must agree: one batch, the dim of query and key, the length and heads of key and "
+            f"value; got {shapes}"
+        )
+    if not all(query.shape + key.shape + value.shape):
+        raise ValueError(f"query, key and value must not be empty, got {shapes}")
+    if heads % kv_heads:
+        raise ValueError(
+            f"the heads of key and value must divide those of query, got {kv_heads} and {heads}: {shapes}; heads are "
+            "the third axis"
+        )
+    if mask is not None and not isinstance(mask, Mask):
+        refuse_no_mask(mask, expected="mask must be a jaxmask.Mask")
+    mask = Full() if mask is None else mask
+    positions = () if key_positions is None else np.shape(key_positions)
+    for name, what, size, given in (
+        ("batch", "mask", batch, mask.shape[0]),
+        ("heads", "mask", heads, mask.shape[1]),
+        ("batch", "offset", batch, 1 if offset is None else np.size(offset)),
+        ("batch", "key_positions", batch, positions[0] if len(positions) == 2 else 1),
+    ):
+        if given not in (1, size):
+            raise ValueError(f"{what} is for {given} {name}, but the arrays have {size}: {shapes}")
+    factor = dim**-0.5 if scale is None else _finite("scale", scale)
+    logits_soft_cap = None if logits_soft_cap is None else _finite("logits_soft_cap", logits_soft_cap)
+    if logits_soft_cap is not None and logits_soft_cap <= 0:
+        raise ValueError(f"logits_soft_cap must be positive, got {logits_soft_cap}; None is no cap")
+    if bias is not None and not callable(bias):
+        checks.array("bias", bias, "f", hint="; a bool mask is Dense(allowed), joined to the mask by &")
+        if not checks.broadcasts_to(bias.shape, (batch, heads, query_length, key_length)):
+            raise ValueError(
+                f"bias must broadcast to [batch, heads, q, kv] = {[batch, heads, query_length, key_length]}, got "
+                f"{checks.describe(bias)}"
+            )
+        bias = indices.as_4d(bias)
+    call = Call(
+        query=query,
+        key=key,
+        value=value,
+        mask=mask,
+        bias=jax.tree_util.Partial(bias) if callable(bias) else bias,
+        offset=offset,
+        key_positions=key_positions,
+        scale=factor,
+        logits_soft_cap=logits_soft_cap,
+    )
+    call.read()
+    return call
+
+
+def _finite(name: str, value: Any) -> float:
+    if checks.is_array(value) or isinstance(value, bool) or not isinstance(value, int | float | np.floating):
+        hint = "; multiply the query by an array instead" if name == "scale" and checks.is_array(value) else ""
+        raise TypeError(f"{name} must be a Python float, got {checks.describe(value)}{hint}")
+    if not math.isfinite(value):
+        raise ValueError(f"{name} must be finite, or every output is NaN, got {value}")
+    return float(value)

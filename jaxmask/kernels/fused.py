@@ -1,0 +1,118 @@
+"""Fused kernels that others keep: cuDNN by way of ``jax.nn``, tokamax, and splash attention.
+
+Each is two functions: what a kernel lacks to do a call, in words, and the call itself.
+"""
+
+from functools import partial
+from importlib.util import find_spec
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+from jaxmask.kernels.call import Call
+from jaxmask.mask import Full
+
+
+def cudnn_lacks(call: Call) -> list[str]:
+    """What keeps cuDNN from doing this call. Its limits are those that ``jax.nn.dot_product_attention`` states."""
+    dim, dim_v = call.query.shape[3], call.value.shape[3]
+    half = call.query.dtype in (jnp.float16, jnp.bfloat16)
+    window = call.split().local_window_size
+    limits = {
+        "it needs an NVIDIA GPU": call.platform != "gpu",
+        f"it takes float16 and bfloat16, not {call.query.dtype}": not half,
+        f"the dim must be a multiple of 8 up to 128, not {dim}": dim % 8 or dim > 128,
+        f"the dim of the values must be that of the keys, not {dim_v} and {dim}": dim != dim_v,
+        "it has no logits_soft_cap": call.logits_soft_cap is not None,
+        "a window must end at the query": window is not None and window[1] != 0,
+    }
+    return [limit for limit, holds in limits.items() if holds] + _not_native(call)
+
+
+def cudnn(call: Call) -> Any:
+    """By ``jax.nn.dot_product_attention``, which calls cuDNN."""
+    return by_jax_nn(call, "cudnn")
+
+
+def tokamax_lacks(call: Call) -> list[str]:
+    """What keeps tokamax from doing this call."""
+    limits = {
+        'tokamax is not installed: pip install "jaxmask[tokamax]"': find_spec("tokamax") is None,
+        "it caps the scores after the bias, not before": call.logits_soft_cap is not None and call.bias is not None,
+    }
+    return [limit for limit, holds in limits.items() if holds] + _not_native(call)
+
+
+@jax.jit
+def tokamax(call: Call) -> Any:
+    """By ``tokamax.dot_product_attention``, which chooses among its own kernels."""
+    from tokamax import dot_product_attention
+
+    return _native(call, partial(dot_product_attention, logits_soft_cap=call.logits_soft_cap))
+
+
+@partial(jax.jit, static_argnames="implementation")
+def by_jax_nn(call: Call, implementation: Literal["cudnn", "xla"]) -> Any:
+    """By ``jax.nn.dot_product_attention``, with the mask in its own arguments."""
+    return _native(call, partial(jax.nn.dot_product_attention, implementation=implementation))
+
+
+def splash_lacks(call: Call) -> list[str]:
+    """What keeps splash attention from doing this call. It says itself what it lacks of a mask."""
+    limits = {
+        "it takes no bias": call.bias is not None,
+        "it takes no key_positions": call.key_positions is not None,
+        f"the dim of the values must be that of the keys, not {call.value.shape[3]} and {call.query.shape[3]}": (
+            call.value.shape[3] != call.query.shape[3]
+        ),
+    }
+    lacks = [limit for limit, holds in limits.items() if holds]
+    if not lacks:
+        try:
+            jax.eval_shape(splash, call)
+        except (TypeError, ValueError, NotImplementedError) as error:
+            lacks.append(str(error).partition("\n")[0])
+    return lacks
+
+
+def splash(call: Call) -> Any:
+    """Splash attention; on another platform than TPU, interpreted: slow, and for tests only."""
+    from jaxmask.kernels.splash import to_splash
+
+    kernel = to_splash(
+        call.mask,
+        call.query.shape[1],
+        call.key.shape[1],
+        offset=call.offset,
+        attn_logits_soft_cap=call.logits_soft_cap,
+        interpret=call.platform != "tpu",
+    )
+    query, key, value = (x.swapaxes(1, 2) for x in (call.query, call.key, call.value))
+    return kernel((query * call.scale).astype(query.dtype), key, value).swapaxes(1, 2)
+
+
+def _not_native(call: Call) -> list[str]:
+    limits = {
+        f"its arguments do not say {call.split().residual!r}": not isinstance(call.split().residual, Full),
+        "it takes no bias that is a function": callable(call.bias),
+        "it takes no key_positions": call.key_positions is not None,
+    }
+    return [limit for limit, holds in limits.items() if holds]
+
+
+def _native(call: Call, attend: Any) -> Any:
+    split = call.split()
+    lengths = split.key_value_seq_lengths
+    out = attend(
+        call.query,
+        call.key,
+        call.value,
+        bias=None if call.bias is None else jnp.asarray(call.bias, call.query.dtype),
+        scale=call.scale,
+        is_causal=split.is_causal,
+        local_window_size=split.local_window_size,
+        key_value_seq_lengths=None if lengths is None else jnp.broadcast_to(lengths, call.query.shape[:1]),
+    )
+    # Without keys, these give the mean of the values, or NaN.
+    return jnp.where(split.has_keys()[..., None, None], out, 0)
