@@ -77,19 +77,23 @@ def splash_lacks(call: Call) -> list[str]:
 
 
 def splash(call: Call) -> Any:
-    """Splash attention; on another platform than TPU, interpreted: slow, and for tests only."""
+    """Splash attention; where it is compiled for another platform than TPU, interpreted: slow, and for tests only."""
     from jaxmask.kernels.splash import to_splash
 
-    kernel = to_splash(
-        call.mask,
-        call.query.shape[1],
-        call.key.shape[1],
-        offset=call.offset,
-        attn_logits_soft_cap=call.logits_soft_cap,
-        interpret=call.platform != "tpu",
-    )
-    query, key, value = (x.swapaxes(1, 2) for x in (call.query, call.key, call.value))
-    return kernel((query * call.scale).astype(query.dtype), key, value).swapaxes(1, 2)
+    def run(interpret: bool) -> Any:
+        kernel = to_splash(
+            call.mask,
+            call.query.shape[1],
+            call.key.shape[1],
+            offset=call.offset,
+            attn_logits_soft_cap=call.logits_soft_cap,
+            interpret=interpret,
+        )
+        query, key, value = (x.swapaxes(1, 2) for x in (call.query, call.key, call.value))
+        return kernel((query * call.scale).astype(query.dtype), key, value).swapaxes(1, 2)
+
+    # Not by the platform of this process: it may export to another.
+    return jax.lax.platform_dependent(tpu=partial(run, False), default=partial(run, True))
 
 
 def _not_native(call: Call) -> list[str]:
