@@ -17,6 +17,8 @@ test-tpu: .venv/.tpu
 bench: .venv/.dev
 	$(BIN)/python benchmarks/masks.py
 	$(BIN)/python benchmarks/tiles.py
+	$(BIN)/python benchmarks/attention.py --json benchmarks/attention.json
+	$(BIN)/python benchmarks/lengths.py
 
 lint: .venv/.dev
 	$(BIN)/ruff check

@@ -22,4 +22,4 @@ def compare(*contestants: Callable[[], Any], warm_up: int = 3, rounds: int = 24)
 
 def verdict(what: str, ratio: float, floor: float) -> str:
     """A line that says whether a ratio reaches its floor."""
-    return f"{what}: {ratio:,.1f}x, floor {floor:,.0f}x: {'met' if ratio >= floor else 'missed'}"
+    return f"{what}: {ratio:,.2f}x, floor {floor:,g}x: {'met' if ratio >= floor else 'missed'}"

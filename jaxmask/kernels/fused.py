@@ -47,7 +47,11 @@ def tokamax_lacks(call: Call) -> list[str]:
 @jax.jit
 def tokamax(call: Call) -> Any:
     """By ``tokamax.dot_product_attention``, which chooses among its own kernels."""
+    from absl.flags import FLAGS
     from tokamax import dot_product_attention
+
+    if not FLAGS.is_parsed():
+        FLAGS.mark_as_parsed()  # or tokamax reads the command line of this process, and refuses what it does not know
 
     return _native(call, partial(dot_product_attention, logits_soft_cap=call.logits_soft_cap))
 
