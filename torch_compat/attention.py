@@ -31,7 +31,7 @@ IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
     "attention_xla": partial(jaxmask.attention, implementation="xla"),
 }
 OPERATIONS = tuple(IMPLEMENTATIONS)
-# Beside PyTorch's own error in the half precisions, where weights are rounded once more than there.
+# Beside PyTorch's own error in the half precisions, where our weights are rounded once more than its own.
 TOLERANCES = {
     "float32": 2e-6,
     "float16": float(ml_dtypes.finfo("float16").eps),
@@ -156,7 +156,7 @@ def _error(x: torch.Tensor, expected: torch.Tensor, scale: torch.Tensor) -> floa
 
 
 def _zeros(case: Case) -> list[torch.Tensor]:
-    """Where output and gradients must be zero: queries without keys, ``[batch, q, heads]``, and keys without queries."""
+    """Where results must be zero: at queries without keys, ``[batch, q, heads]``, and at keys without queries."""
     allowed = case.allowed()
     queries = ~allowed.any(3).transpose(1, 2)
     keys = ~allowed.any(2).unflatten(1, (case.key.shape[2], -1)).any(2).transpose(1, 2)

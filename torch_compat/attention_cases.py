@@ -127,8 +127,11 @@ def _window(draw: _Draw) -> tuple[Mask, MaskMod]:
 def _chunked(draw: _Draw) -> tuple[Mask, MaskMod]:
     start = draw.ints(0, 8, BATCH)
     starts = torch.from_numpy(start)
-    return Chunked(8, start), lambda b, h, q, kv: (
-        torch.div(q - starts[b], 8, rounding_mode="floor") == torch.div(kv - starts[b], 8, rounding_mode="floor")
+    return (
+        Chunked(8, start),
+        lambda b, h, q, kv: (
+            torch.div(q - starts[b], 8, rounding_mode="floor") == torch.div(kv - starts[b], 8, rounding_mode="floor")
+        ),
     )
 
 
@@ -156,8 +159,11 @@ def _segments(draw: _Draw) -> tuple[Mask, MaskMod]:
 
 def _per_head(draw: _Draw) -> tuple[Mask, MaskMod]:
     mask = PerHead([Causal(), SlidingWindow(5), Full(), Window(3, 3)])
-    return mask, lambda b, h, q, kv: (
-        (h == 2) | ((h == 3) & ((q - kv).abs() <= 3)) | ((h < 2) & (kv <= q) & ((h == 0) | (kv > q - 5)))
+    return (
+        mask,
+        lambda b, h, q, kv: (
+            (h == 2) | ((h == 3) & ((q - kv).abs() <= 3)) | ((h < 2) & (kv <= q) & ((h == 0) | (kv > q - 5)))
+        ),
     )
 
 
@@ -228,7 +234,9 @@ def _case(program: _Program, dtype: str, rng: np.random.Generator) -> Case:
     draw = _Draw(program, dtype, rng)
     query_length, key_length = program.lengths
     parts = [MASKS[name](draw) for name in program.masks]
-    parts = [(~mask, partial(_not, mod)) if no else (mask, mod) for (mask, mod), no in zip(parts, program.negated)]
+    for i, (mask, mask_mod) in enumerate(parts):
+        if program.negated[i]:
+            parts[i] = ~mask, partial(_not, mask_mod)
     mask, mask_mod = parts[0]
     for join, (other, other_mod) in zip(program.joined, parts[1:], strict=True):
         mask, mask_mod = join(mask, other), partial(_joined, join, mask_mod, other_mod)

@@ -1,4 +1,4 @@
-"""Run jaxmask and PyTorch on the same inputs, compare bit for bit, and report. Attention is compared within a tolerance.
+"""Run jaxmask and PyTorch on the same inputs, compare bit for bit (attention: within a tolerance), and report.
 
 jaxmask is called by Transformers' own names and signatures (:mod:`jaxmask.hf`), so that one call, with its arrays in
 either framework, runs on every side.
@@ -276,19 +276,15 @@ def run(
         for operation in operations:
             progress.update(task, description=operation)
             is_attention = operation in attention.OPERATIONS
-            compare_cases, default, agreement = (
-                (compare_attention, DEFAULT_ATTENTION_CASES, "within the tolerance")
-                if is_attention
-                else (compare_operation, DEFAULT_CASES, "equal")
-            )
+            compare_cases = compare_attention if is_attention else compare_operation
+            count = cases or (DEFAULT_ATTENTION_CASES if is_attention else DEFAULT_CASES)
             for dtype in dtypes:
-                rows += compare_cases(operation, dtype, oracles, default if cases is None else cases, seed)
+                rows += compare_cases(operation, dtype, oracles, count, seed)
                 progress.advance(task)
             if not console.is_terminal:
-                done = [row for row in rows if row.operation == operation]
-                console.print(
-                    f"{operation}: {sum(row.equal for row in done)} of {sum(row.cases for row in done)} {agreement}"
-                )
+                total, differences = _totals([row for row in rows if row.operation == operation])
+                agree = "within the tolerance" if is_attention else "equal"
+                console.print(f"{operation}: {total - differences} of {total} {agree}")
     for table in _tables(rows, dtypes):
         console.print(table)
     models: list[minilm.ModelCheck | tiny_models.ModelCheck] = []
