@@ -76,7 +76,7 @@ def verify(
     oracle: Annotated[list[str] | None, typer.Option(help="Only this oracle; may be repeated.")] = None,
     report: Annotated[Path | None, typer.Option(help="Write a report to this file.")] = None,
 ) -> None:
-    """Compare with PyTorch and Transformers, bit for bit."""
+    """Compare with PyTorch and Transformers, bit for bit; attention, within the rounding of floats."""
     try:
         from torch_compat import verify as verification
     except ModuleNotFoundError as error:

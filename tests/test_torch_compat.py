@@ -2,6 +2,7 @@
 
 import json
 import re
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -16,15 +17,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention.flex_attention import flex_attention
 from transformers import modeling_attn_mask_utils as transformers_masks
 
 import jaxmask
 from jaxmask import Causal, TileMap
 from jaxmask.hf import masking_utils as jax_masking_utils
 from jaxmask.hf import modeling_attn_mask_utils as jax_masks
-from torch_compat import cases, masking_cases, minilm, tiny_models, verify
+from torch_compat import attention, attention_cases, cases, masking_cases, minilm, tiny_models, verify
 from torch_compat.blocks import to_block_mask
-from torch_compat.bridge import to_jax, to_torch
+from torch_compat.bridge import same_bits, to_jax, to_torch
 from torch_compat.cases import DTYPES, text_masks
 from torch_compat.verify import OPERATIONS, generate
 
@@ -156,6 +158,124 @@ def _flip_last_sign(array: jax.Array) -> jax.Array:
     if array.dtype == jnp.bool_ or jnp.issubdtype(array.dtype, jnp.integer):
         return array.at[last].set(array[last] == 0)
     return array.at[last].set(-array[last])
+
+
+def _attention_cases(dtype: str) -> tuple[attention_cases.Case, ...]:
+    return attention_cases.generate(dtype, 12, seed=0)
+
+
+def test_cases_of_attention_are_of_every_kind() -> None:
+    of_dtypes = {dtype: _attention_cases(dtype) for dtype in DTYPES}
+    for made in of_dtypes.values():
+        assert {case.key.shape[2] for case in made} == {1, 2, attention_cases.HEADS}
+        assert {case.value.shape[3] < case.key.shape[3] for case in made} == {True, False}
+        assert {case.query.shape[1] == case.key.shape[1] for case in made} == {True, False}
+        for name in ("bias", "offset", "scale", "logits_soft_cap"):
+            assert {getattr(case, name) is None for case in made} == {True, False}
+        assert any(len(case.masks) == 1 for case in made)
+        assert any(len(case.masks) == 3 for case in made)
+    made = [case for cases in of_dtypes.values() for case in cases]
+    assert {name for case in made for name in case.masks} == set(attention_cases.MASKS)
+    texts = [repr(case.mask) for case in made]
+    assert all(any(symbol in text for text in texts) for symbol in "&|~")
+    assert any(len(set(case.first)) == 2 for case in made)
+    # Queries with nothing to attend to, whole examples of them, and mostly queries with something.
+    has_keys = [case.allowed().any(3) for case in made]
+    assert any(0 < has.sum() < has.numel() for has in has_keys)
+    assert any(not example.any() for has in has_keys for example in has)
+    assert sum(has.double().mean() > 0.5 for has in has_keys) > len(made) / 2
+    # And several tiles, of which the blocked kernel skips some.
+    sparsities = [case.mask.tiles(*_lengths(case), block=attention.BLOCK, offset=case.offset).sparsity for case in made]
+    assert sum(0 < float(sparsity) < 1 for sparsity in sparsities) > len(made) / 3
+
+
+def _lengths(case: attention_cases.Case) -> tuple[int, int]:
+    return case.query.shape[1], case.key.shape[1]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_masks_of_attention_are_said_twice_and_alike(seed: int) -> None:
+    for dtype in DTYPES:
+        for case in attention_cases.generate(dtype, 3, seed):
+            dense = np.asarray(case.mask.dense(*_lengths(case), offset=case.offset))
+            assert np.array_equal(np.broadcast_to(dense, case.allowed().shape), case.allowed().numpy()), case.describe()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_pytorch_itself_is_within_the_tolerance_of_attention(dtype: str) -> None:
+    """The oracles agree with each other, and what PyTorch computes in a dtype is what we may."""
+    for case in _attention_cases(dtype)[:3]:
+        for oracle in attention.ORACLES:
+            if attention.has_answer("sdpa", case):
+                ours = attention.call_torch(oracle, case, getattr(torch, dtype))
+                assert attention.compare("flex_attention", case, ours) is None
+
+
+@pytest.mark.parametrize("place", range(5))
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_fault_in_any_result_of_attention_is_named(dtype: str, place: int) -> None:
+    case = next(case for case in _attention_cases(dtype) if case.bias is not None and case.allowed().any())
+    results = attention.call_torch("flex_attention", case, getattr(torch, dtype))
+    assert attention.compare("flex_attention", case, results) is None
+    damaged = list(results)
+    largest = max(float(x.abs().max()) for x in results)
+    element = np.unravel_index(int(results[place].abs().argmax()), results[place].shape)
+    damaged[place] = results[place].clone()
+    damaged[place][element] += 5 * largest * attention.TOLERANCES[dtype]
+    assert attention.NAMES[place] in str(attention.compare("flex_attention", case, damaged))
+    damaged[place][element] = torch.nan
+    assert attention.NAMES[place] in str(attention.compare("flex_attention", case, damaged))
+    damaged[place] = results[place].double() if dtype != "float64" else results[place].float()
+    assert f"{attention.NAMES[place]}: ours torch.float" in str(attention.compare("flex_attention", case, damaged))
+
+
+@pytest.mark.parametrize("place", range(4))
+def test_what_must_be_zero_in_attention_has_no_tolerance(place: int) -> None:
+    case = next(case for case in _attention_cases("float32") if all(zeros.any() for zeros in attention._zeros(case)))
+    results = attention.call_torch("flex_attention", case, torch.float32)
+    results[place][attention._zeros(case)[place]] = 1e-30
+    assert f"{attention.NAMES[place]}: not zero" in str(attention.compare("flex_attention", case, results))
+
+
+def test_flex_attention_that_is_not_compiled_has_the_bits_of_its_implementation() -> None:
+    [case] = attention_cases.generate("float32", 1, seed=0)
+    query, key, value = (torch.from_numpy(x).transpose(1, 2) for x in (case.query, case.key, case.value))
+    plain = replace(case, bias=None, logits_soft_cap=None)
+    mask = to_block_mask(plain.mask.tiles(*_lengths(plain), block=attention.BLOCK, offset=plain.offset))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "flex_attention called without torch.compile", UserWarning)
+        public = flex_attention(query, key, value, block_mask=mask, scale=plain.scale, enable_gqa=True)
+    assert isinstance(public, torch.Tensor)
+    assert same_bits(public, attention._flex_attention(plain, query, key, value))
+
+
+@pytest.mark.parametrize("operation", attention.OPERATIONS)
+def test_a_fault_injected_into_attention_fails_and_is_named(
+    operation: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    original = attention.IMPLEMENTATIONS[operation]
+
+    def faulty(*args: Any, **kwargs: Any) -> jax.Array:
+        return original(*args, **kwargs) * 1.00001
+
+    monkeypatch.setitem(attention.IMPLEMENTATIONS, operation, faulty)
+    console, report = Console(record=True, width=100), tmp_path / "report.json"
+    arguments: dict[str, Any] = {"cases": 1, "dtypes": ["float32"], "report": report, "console": console}
+    assert verify.run(operations=["expand_mask", operation], **arguments) == 1
+    wrong = {row["operation"] for row in json.loads(report.read_text())["rows"] if row["equal"] < row["cases"]}
+    assert wrong == {operation}
+    printed = console.export_text()
+    assert f"{operation}, float32, against flex_attention: 1 of 1 differ" in printed
+    assert re.search(r"output: the relative error is 1\.?\d*e-05, and the tolerance 2e-06", printed)
+    assert "2 comparisons, bit for bit: 0 differences" in printed
+
+
+@pytest.mark.parametrize(("operation", "dtype"), [("attention_xla", "bfloat16"), ("attention_blocked", "float64")])
+def test_attention_is_within_the_tolerance(operation: str, dtype: str) -> None:
+    rows = verify.compare_attention(operation, dtype, list(verify.ALL_ORACLES), cases=2, seed=0)
+    assert [row.oracle for row in rows] == ["sdpa", "flex_attention"]
+    assert [row.first_difference for row in rows] == [None, None]
+    assert rows[1].cases == 2
 
 
 def test_run_without_difference_ends_with_status_0_and_a_report(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Run jaxmask and PyTorch on the same inputs, compare bit for bit, and report.
+"""Run jaxmask and PyTorch on the same inputs, compare bit for bit (attention: within a tolerance), and report.
 
 jaxmask is called by Transformers' own names and signatures (:mod:`jaxmask.hf`), so that one call, with its arrays in
 either framework, runs on every side.
@@ -28,15 +28,17 @@ from transformers import modeling_attn_mask_utils as transformers_masks
 from jaxmask import TileMap
 from jaxmask.hf import masking_utils as jax_masking_utils
 from jaxmask.hf import modeling_attn_mask_utils as jax_masks
+from torch_compat import attention, attention_cases, masking_cases, minilm, reference, tiny_models
 from torch_compat import cases as older_cases
-from torch_compat import masking_cases, minilm, reference, tiny_models
 from torch_compat.blocks import to_block_mask
 from torch_compat.bridge import bits, to_torch
 from torch_compat.cases import DTYPES, Case, Side
 
 ORACLES: dict[str, ModuleType] = {"reference": reference, "transformers": transformers_masks}
 OPERATIONS = (*older_cases.OPERATIONS, *masking_cases.OPERATIONS)
-DEFAULT_CASES = 240
+ALL_OPERATIONS = (*OPERATIONS, *attention.OPERATIONS)
+ALL_ORACLES = (*ORACLES, *attention.ORACLES)
+DEFAULT_CASES, DEFAULT_ATTENTION_CASES = 240, 12
 MODELS: tuple[Callable[[], minilm.ModelCheck | tiny_models.ModelCheck], ...] = (
     partial(minilm.check, "eager"),
     partial(minilm.check, "sdpa"),
@@ -46,7 +48,7 @@ MODELS: tuple[Callable[[], minilm.ModelCheck | tiny_models.ModelCheck], ...] = (
 
 @dataclass
 class Row:
-    """What one operation did in one dtype against one oracle."""
+    """What one operation did in one dtype against one oracle. Attention within the tolerance counts as equal."""
 
     operation: str
     dtype: str
@@ -117,6 +119,8 @@ def _cases_of(operation: str) -> ModuleType:
 
 def oracles_of(operation: str) -> tuple[str, ...]:
     """The oracles that an operation can be compared with."""
+    if operation in attention.OPERATIONS:
+        return tuple(attention.ORACLES)
     return ("transformers",) if _cases_of(operation) is masking_cases else tuple(ORACLES)
 
 
@@ -212,12 +216,27 @@ def compare_operation(operation: str, dtype: str, oracles: Sequence[str], cases:
             for row in rows:
                 if row.oracle == "transformers" and not case.transformers:
                     continue
-                difference = compare(ours, call_torch(row.oracle, case))
-                row.cases += 1
-                row.equal += difference is None
-                if difference is not None and row.first_difference is None:
-                    row.first_difference = {"inputs": case.describe(), "difference": difference}
+                _count(row, case, compare(ours, call_torch(row.oracle, case)))
     return rows
+
+
+def compare_attention(operation: str, dtype: str, oracles: Sequence[str], cases: int, seed: int) -> list[Row]:
+    """The same for attention, of one of our implementations."""
+    rows = [Row(operation, dtype, oracle) for oracle in oracles if oracle in attention.ORACLES]
+    with _precision(dtype):
+        for case in attention_cases.generate(dtype, cases, seed):
+            ours = attention.call_jax(operation, case)
+            for row in rows:
+                if attention.has_answer(row.oracle, case):
+                    _count(row, case, attention.compare(row.oracle, case, ours))
+    return rows
+
+
+def _count(row: Row, case: Case | attention_cases.Case, difference: str | None) -> None:
+    row.cases += 1
+    row.equal += difference is None
+    if difference is not None and row.first_difference is None:
+        row.first_difference = {"inputs": case.describe(), "difference": difference}
 
 
 def run(
@@ -232,7 +251,7 @@ def run(
     """Compare everything that is asked for, print a table, and return the exit status: 1 on any difference.
 
     Args:
-        cases: number of cases per operation and dtype; 240 unless given.
+        cases: number of cases per operation and dtype; unless given, 240, and 12 of attention.
         seed: of the generated inputs.
         operations, dtypes, oracles: names; all of them unless given. The models are run where all operations are.
         report: a file for the rows as JSON.
@@ -241,13 +260,12 @@ def run(
     Raises:
         ValueError: an unknown name; an operation that none of the oracles has; a number of cases that is not positive.
     """
-    cases = DEFAULT_CASES if cases is None else cases
-    if cases < 1:
+    if cases is not None and cases < 1:
         raise ValueError(f"cases must be at least 1, got {cases}")
     dtypes = _known("dtype", dtypes, tuple(DTYPES))
-    oracles = _known("oracle", oracles, tuple(ORACLES))
-    comparable = tuple(operation for operation in OPERATIONS if set(oracles_of(operation)) & set(oracles))
-    for operation in _known("op", operations, OPERATIONS):
+    oracles = _known("oracle", oracles, ALL_ORACLES)
+    comparable = tuple(operation for operation in ALL_OPERATIONS if set(oracles_of(operation)) & set(oracles))
+    for operation in _known("op", operations, ALL_OPERATIONS):
         if operations and operation not in comparable:
             raise ValueError(f"op: {operation!r} is compared with {' and '.join(oracles_of(operation))} alone")
     operations = operations or comparable
@@ -257,14 +275,16 @@ def run(
         task = progress.add_task("", total=len(operations) * len(dtypes))
         for operation in operations:
             progress.update(task, description=operation)
+            is_attention = operation in attention.OPERATIONS
+            compare_cases = compare_attention if is_attention else compare_operation
+            count = cases or (DEFAULT_ATTENTION_CASES if is_attention else DEFAULT_CASES)
             for dtype in dtypes:
-                rows += compare_operation(operation, dtype, oracles, cases, seed)
+                rows += compare_cases(operation, dtype, oracles, count, seed)
                 progress.advance(task)
             if not console.is_terminal:
-                done = [row for row in rows if row.operation == operation]
-                console.print(
-                    f"{operation}: {sum(row.equal for row in done)} of {sum(row.cases for row in done)} equal"
-                )
+                total, differences = _totals([row for row in rows if row.operation == operation])
+                agree = "within the tolerance" if is_attention else "equal"
+                console.print(f"{operation}: {total - differences} of {total} {agree}")
     for table in _tables(rows, dtypes):
         console.print(table)
     models: list[minilm.ModelCheck | tiny_models.ModelCheck] = []
@@ -277,8 +297,17 @@ def run(
             console.print(
                 f"{where}\n  {row.first_difference['inputs']}\n  {row.first_difference['difference']}", markup=False
             )
-    total, differences = sum(row.cases for row in rows), sum(row.cases - row.equal for row in rows)
-    console.print(f"{total:,} comparisons, bit for bit: {differences} differences")
+    of_attention = [row for row in rows if row.operation in attention.OPERATIONS]
+    of_bits = [row for row in rows if row.operation not in attention.OPERATIONS]
+    if of_attention:
+        tolerances = ", ".join(f"{attention.tolerance(dtype)} in {dtype}" for dtype in dtypes)
+        console.print(f"tolerance, relative to PyTorch in float64: {tolerances}", soft_wrap=True)
+        total, differences = _totals(of_attention)
+        console.print(f"{total:,} comparisons of attention, outputs and gradients: {differences} beyond the tolerance")
+    if of_bits:
+        total, differences = _totals(of_bits)
+        console.print(f"{total:,} comparisons, bit for bit: {differences} differences")
+    total, differences = _totals(rows)
     if report is not None:
         content = {
             "seed": seed,
@@ -289,6 +318,11 @@ def run(
         }
         report.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     return int(differences > 0 or not all(model.identical for model in models))
+
+
+def _totals(rows: Sequence[Row]) -> tuple[int, int]:
+    """How many comparisons there were, and how many differences."""
+    return sum(row.cases for row in rows), sum(row.cases - row.equal for row in rows)
 
 
 def _console() -> Console:
@@ -314,7 +348,8 @@ def _tables(rows: Sequence[Row], dtypes: Sequence[str]) -> Iterator[Table]:
 
 
 def _table(rows: Sequence[Row], dtypes: Sequence[str], oracles: Sequence[str]) -> Table:
-    table = Table(title=f"results equal to {' and '.join(oracles)}")
+    relation = "within the tolerance of" if rows[0].operation in attention.OPERATIONS else "equal to"
+    table = Table(title=f"results {relation} {' and '.join(oracles)}")
     table.add_column("operation", overflow="fold")
     for dtype in dtypes:
         table.add_column(dtype, justify="right")

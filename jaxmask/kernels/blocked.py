@@ -115,7 +115,7 @@ class _Program:
             "k": (at.key, self.keys),
         }
         parts = [whole.get(axis, (0, size)) if size > 1 else (0, 1) for axis, size in zip(axes, x.shape, strict=True)]
-        return tuple(start for start, _ in parts), tuple(size for _, size in parts)
+        return tuple(jnp.asarray(start, jnp.int32) for start, _ in parts), tuple(size for _, size in parts)
 
     def take(self, axes: str, x: Any, at: _Place) -> Any:
         return lax.dynamic_slice(x, *self.part(axes, x, at))
@@ -146,7 +146,8 @@ def _for_each_tile(program: _Program, strips: Strips, step: Callable[..., Any], 
     shape = strips.count.shape
 
     def body(i: Any, carry: Any) -> Any:
-        example, kv_head, tile = jnp.unravel_index(i, shape)
+        # int32 in 64-bit mode too, as the first keys of the strips are.
+        example, kv_head, tile = (x.astype(jnp.int32) for x in jnp.unravel_index(i, shape))
         at = _Place(example * program.examples, kv_head * program.kv_heads, tile * program.queries, 0)
         return step(carry, at, Strips(*(x[example, kv_head, tile] for x in strips)))
 

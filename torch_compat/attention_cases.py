@@ -1,0 +1,276 @@
+"""Generated calls of attention: arrays, a mask, and the same mask written once more as a ``mask_mod`` of PyTorch.
+
+A program is compiled once, which takes longer than all of its cases: they differ in values alone. Kinds of masks and of
+arguments are dealt like cards. So every kind of mask is there, and in every dtype every kind of argument.
+"""
+
+import operator
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+
+from jaxmask import (
+    Causal,
+    Chunked,
+    Dense,
+    Full,
+    Mask,
+    Padding,
+    PerHead,
+    Predicate,
+    Prefix,
+    Segments,
+    SlidingWindow,
+    Window,
+)
+from torch_compat.cases import DTYPES
+
+# Of an example, a head, the position of a query and that of a key: tensors, which broadcast with one another.
+MaskMod = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+BATCH, HEADS, DIM = 2, 4, 16
+# For each dtype.
+PROGRAMS = 3
+
+
+@dataclass(frozen=True, eq=False)
+class Case:
+    """The arguments of one call of :func:`jaxmask.attention`, as NumPy arrays in the dtype of the case.
+
+    Args:
+        masks: the kinds of masks that ``mask`` is made of.
+        mask_mod: what ``mask`` says, of positions.
+        first: the position of the first query of each example, as ``offset`` says it.
+        cotangent: of the output, ``[batch, q, heads, dim_v]``.
+    """
+
+    dtype: str
+    masks: tuple[str, ...]
+    mask: Mask
+    mask_mod: MaskMod
+    query: Float[np.ndarray, "batch q heads dim"]
+    key: Float[np.ndarray, "batch kv kv_heads dim"]
+    value: Float[np.ndarray, "batch kv kv_heads dim_v"]
+    cotangent: Float[np.ndarray, "batch q heads dim_v"]
+    bias: Float[np.ndarray, "..."] | None
+    scale: float | None
+    first: tuple[int, ...]
+    offset: np.ndarray | None
+    logits_soft_cap: float | None
+
+    def allowed(self) -> torch.Tensor:
+        """Which pairs may attend, by ``mask_mod``: bool ``[batch, heads, q, kv]``."""
+        query_length, key_length = self.query.shape[1], self.key.shape[1]
+        b, h, kv = torch.arange(BATCH).view(-1, 1, 1, 1), torch.arange(HEADS).view(-1, 1, 1), torch.arange(key_length)
+        q = torch.tensor(self.first).view(-1, 1, 1, 1) + torch.arange(query_length)[:, None]
+        return self.mask_mod(b, h, q, kv).expand(BATCH, HEADS, query_length, key_length)
+
+    def describe(self) -> str:
+        """The call, to be read by a person; the same seed makes it again, with its arrays."""
+        bias = None if self.bias is None else list(self.bias.shape)
+        return (
+            f"attention of {list(self.query.shape)} to {list(self.key.shape)}, values {list(self.value.shape)}, in "
+            f"{self.dtype}, first positions {list(self.first)}, scale {self.scale}, cap {self.logits_soft_cap}, bias "
+            f"{bias}, mask {self.mask!r}"
+        )
+
+
+@dataclass(frozen=True)
+class _Program:
+    """What cases that share a compilation have in common: shapes, structure, and Python numbers."""
+
+    lengths: tuple[int, int]
+    starts: tuple[int, ...] | None
+    kv_heads: int
+    value_dim: int
+    scale: float | None
+    logits_soft_cap: float | None
+    bias: tuple[bool, ...] | None
+    masks: tuple[str, ...]
+    negated: tuple[bool, ...]
+    joined: tuple[Callable[[Any, Any], Any], ...]
+
+
+class _Draw:
+    """What the values of one case are drawn from."""
+
+    def __init__(self, program: _Program, dtype: str, rng: np.random.Generator) -> None:
+        self.rng, self.dtype = rng, DTYPES[dtype]
+        self.key_length = program.lengths[1]
+
+    def floats(self, *shape: int) -> np.ndarray:
+        return self.rng.standard_normal(shape).astype(self.dtype)
+
+    def ints(self, low: int, high: int, *shape: int) -> np.ndarray:
+        return self.rng.integers(low, high, shape, np.int32)
+
+
+def _causal(draw: _Draw) -> tuple[Mask, MaskMod]:
+    return Causal(), lambda b, h, q, kv: kv <= q
+
+
+def _sliding_window(draw: _Draw) -> tuple[Mask, MaskMod]:
+    return SlidingWindow(9), lambda b, h, q, kv: (kv <= q) & (kv > q - 9)
+
+
+def _window(draw: _Draw) -> tuple[Mask, MaskMod]:
+    left, right = draw.ints(0, 12), draw.ints(0, 12)
+    return Window(left, right), lambda b, h, q, kv: (kv >= q - int(left)) & (kv <= q + int(right))
+
+
+def _chunked(draw: _Draw) -> tuple[Mask, MaskMod]:
+    start = draw.ints(0, 8, BATCH)
+    starts = torch.from_numpy(start)
+    return (
+        Chunked(8, start),
+        lambda b, h, q, kv: (
+            torch.div(q - starts[b], 8, rounding_mode="floor") == torch.div(kv - starts[b], 8, rounding_mode="floor")
+        ),
+    )
+
+
+def _prefix(draw: _Draw) -> tuple[Mask, MaskMod]:
+    length = draw.ints(0, draw.key_length + 1, BATCH)
+    lengths = torch.from_numpy(length)
+    return Prefix(length), lambda b, h, q, kv: kv < lengths[b]
+
+
+def _padding(draw: _Draw) -> tuple[Mask, MaskMod]:
+    """On the left or on the right; sometimes one example has nothing else."""
+    valid = np.arange(draw.key_length) >= draw.ints(0, draw.key_length, BATCH, 1)
+    valid = valid[:, ::-1].copy() if draw.rng.random() < 0.5 else valid
+    valid[0] &= draw.rng.random() < 0.7
+    table = torch.from_numpy(valid)
+    return Padding(valid), lambda b, h, q, kv: table[b, kv]
+
+
+def _segments(draw: _Draw) -> tuple[Mask, MaskMod]:
+    """Documents one after another."""
+    ids = (draw.rng.random((BATCH, draw.key_length)) < 0.1).cumsum(1, dtype=np.int32)
+    table = torch.from_numpy(ids)
+    return Segments(ids), lambda b, h, q, kv: table[b, q] == table[b, kv]
+
+
+def _per_head(draw: _Draw) -> tuple[Mask, MaskMod]:
+    mask = PerHead([Causal(), SlidingWindow(5), Full(), Window(3, 3)])
+    return (
+        mask,
+        lambda b, h, q, kv: (
+            (h == 2) | ((h == 3) & ((q - kv).abs() <= 3)) | ((h < 2) & (kv <= q) & ((h == 0) | (kv > q - 5)))
+        ),
+    )
+
+
+def _dense(draw: _Draw) -> tuple[Mask, MaskMod]:
+    allowed = draw.rng.random((1, HEADS, draw.key_length, draw.key_length)) < 0.4
+    table = torch.from_numpy(allowed)
+    return Dense(allowed), lambda b, h, q, kv: table[0, h, q, kv]
+
+
+def _strided(b: Any, h: Any, q: Any, kv: Any) -> Any:
+    return (q - kv) % 3 == 0
+
+
+def _predicate(draw: _Draw) -> tuple[Mask, MaskMod]:
+    return Predicate(_strided), _strided
+
+
+MASKS: dict[str, Callable[[_Draw], tuple[Mask, MaskMod]]] = {
+    "causal": _causal,
+    "sliding window": _sliding_window,
+    "window": _window,
+    "chunked": _chunked,
+    "prefix": _prefix,
+    "padding": _padding,
+    "segments": _segments,
+    "per head": _per_head,
+    "dense": _dense,
+    "predicate": _predicate,
+}
+
+
+def _programs(seed: int) -> dict[str, list[_Program]]:
+    """The programs of each dtype, of one to three masks each."""
+    rng = random.Random(seed)
+    deck = [name for _ in range(3) for name in rng.sample(list(MASKS), len(MASKS))]
+    return {dtype: _programs_of_dtype(rng, deck) for dtype in DTYPES}
+
+
+def _programs_of_dtype(rng: random.Random, deck: list[str]) -> list[_Program]:
+    def dealt(*cards: Any) -> list[Any]:
+        return rng.sample(cards, PROGRAMS)
+
+    # Lengths, and the position of the first query of each example where it is not 0.
+    longer, decode = ((19, 43), rng.choice([(24, 24), (24, 20)])), ((1, 43), (42, 30))
+    places = dealt(((43, 43), None), longer, rng.choice([longer, decode]))
+    kv_heads, value_dims = dealt(HEADS, 2, 1), dealt(DIM, 8, 24)
+    scales, caps = dealt(None, None, 0.1), dealt(None, None, 2.0)
+    # Which of the axes [batch, heads, q, kv] a bias has; the others are 1.
+    biases = dealt(None, (True, True, True, True), rng.choice([(False, True, False, True), (True, False, True, True)]))
+    hands = dealt(*([deck.pop() for _ in range(count)] for count in (1, 2, 3)))
+    return [
+        _Program(
+            *places[i],
+            kv_heads=kv_heads[i],
+            value_dim=value_dims[i],
+            scale=scales[i],
+            logits_soft_cap=caps[i],
+            bias=biases[i],
+            masks=tuple(hands[i]),
+            negated=tuple(rng.random() < 0.25 for _ in hands[i]),
+            joined=tuple(rng.choice([operator.and_, operator.or_]) for _ in hands[i][1:]),
+        )
+        for i in range(PROGRAMS)
+    ]
+
+
+def _case(program: _Program, dtype: str, rng: np.random.Generator) -> Case:
+    draw = _Draw(program, dtype, rng)
+    query_length, key_length = program.lengths
+    parts = [MASKS[name](draw) for name in program.masks]
+    for i, (mask, mask_mod) in enumerate(parts):
+        if program.negated[i]:
+            parts[i] = ~mask, partial(_not, mask_mod)
+    mask, mask_mod = parts[0]
+    for join, (other, other_mod) in zip(program.joined, parts[1:], strict=True):
+        mask, mask_mod = join(mask, other), partial(_joined, join, mask_mod, other_mod)
+    sizes = BATCH, HEADS, query_length, key_length
+    return Case(
+        dtype,
+        program.masks,
+        mask,
+        mask_mod,
+        query=draw.floats(BATCH, query_length, HEADS, DIM),
+        key=draw.floats(BATCH, key_length, program.kv_heads, DIM),
+        value=draw.floats(BATCH, key_length, program.kv_heads, program.value_dim),
+        cotangent=draw.floats(BATCH, query_length, HEADS, program.value_dim),
+        bias=None
+        if program.bias is None
+        else draw.floats(*(size if there else 1 for size, there in zip(sizes, program.bias, strict=True))),
+        scale=program.scale,
+        first=program.starts or (0,) * BATCH,
+        offset=None if program.starts is None else np.array(program.starts, np.int32),
+        logits_soft_cap=program.logits_soft_cap,
+    )
+
+
+def _not(mask_mod: MaskMod, *pair: Any) -> Any:
+    return ~mask_mod(*pair)
+
+
+def _joined(join: Callable[[Any, Any], Any], one: MaskMod, other: MaskMod, *pair: Any) -> Any:
+    return join(one(*pair), other(*pair))
+
+
+@lru_cache
+def generate(dtype: str, count: int, seed: int) -> tuple[Case, ...]:
+    """``count`` cases, the programs in turn; the same for the same seed."""
+    rng = np.random.default_rng([seed, list(DTYPES).index(dtype)])
+    programs = _programs(seed)[dtype]
+    return tuple(_case(programs[i % PROGRAMS], dtype, rng) for i in range(count))
