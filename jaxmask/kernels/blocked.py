@@ -44,7 +44,7 @@ def cover(states: Any, tile: int, width: int, key_length: int) -> Strips:
     """Cover the tiles of ``tile`` keys that are not EMPTY, ``[…, q_tiles, kv_tiles]``, by strips of ``width`` keys."""
     library = indices.library(states)
     kv_tiles, span = states.shape[-1], width // tile
-    end = library.zeros((*states.shape[:-1], 1), np.int32)
+    end = library.zeros_like(states, dtype=np.int32, shape=(*states.shape[:-1], 1))
     # From each tile on, the next that is not EMPTY; and before each tile, how many are not FULL.
     following = library.where(states == EMPTY, kv_tiles, np.arange(kv_tiles, dtype=np.int32))
     following = library.concatenate((following, end + kv_tiles), -1)
@@ -115,7 +115,8 @@ class _Program:
             "k": (at.key, self.keys),
         }
         parts = [whole.get(axis, (0, size)) if size > 1 else (0, 1) for axis, size in zip(axes, x.shape, strict=True)]
-        return tuple(start for start, _ in parts), tuple(size for _, size in parts)
+        # Of one type all, in 64-bit mode too.
+        return tuple(jnp.asarray(start, jnp.int32) for start, _ in parts), tuple(size for _, size in parts)
 
     def take(self, axes: str, x: Any, at: _Place) -> Any:
         return lax.dynamic_slice(x, *self.part(axes, x, at))
@@ -173,10 +174,13 @@ def _scores(program: _Program, inputs: Any, at: _Place, rows: Any, first: Any, m
     part = None if bias is None else program.take("bhqk", bias, at)
     call = program.decided if must_decide else program.full
     floats, others = arrays[must_decide]
+    # Of the type for which the call was traced: int32 in 64-bit mode too, and varying over the axes of a shard_map.
+    nothing = jnp.zeros_like(products, jnp.int32, ())
+    where = [jnp.asarray(index, jnp.int32) + nothing for index in (*at, first)]
 
     def change(products: Any, part: Any, floats: Any) -> Any:
         flat = products.reshape(products.shape[0], -1, *products.shape[3:])
-        return call(floats, others, flat, part, *at, first).reshape(products.shape)
+        return call(floats, others, flat, part, *where).reshape(products.shape)
 
     return at, k, change, (products, part, floats)
 
