@@ -381,7 +381,8 @@ def _attention(call: Call, at_start: bool, sinks: Any, block: tuple[int, int] | 
         example, kv_head, query, key, first_key = where
         b = example + iota(examples, 0) if apart else iota(batch, 0)
         h = kv_head * group + iota(group, 1) if lists[1] > 1 else iota(heads, 1)
-        q = indices.by_example(first, b) + query + iota(queries, 2)
+        # Of rows that only fill a tile, the last query: a bias may have nothing to say beyond it.
+        q = indices.by_example(first, b) + jnp.minimum(query + iota(queries, 2), query_length - 1)
         kv = key + iota(keys, 3)
         if callable(bias):
             part = bias(b, h, q, indices.key_position(call.key_positions, b, kv))
