@@ -234,16 +234,17 @@ def _forward(
         return program.put_rows(carry[0], out, at), program.put_rows(carry[1], lse, at)
 
     shape = query.shape[:3]
-    start = jnp.zeros_like(query, value.dtype, (*shape, value.shape[3])), jnp.zeros_like(query, accumulated, shape)
+    start = jnp.zeros_like(query, accumulated, (*shape, value.shape[3])), jnp.zeros_like(query, accumulated, shape)
     out, lse = _for_each_tile(program, strips, tile, start)
-    return (out, lse), (query, key, value, bias, sinks, arrays, strips, out, lse)
+    # The backward pass has the output as it was before it is rounded, or gradients of half precision would suffer.
+    return (out.astype(value.dtype), lse), (query, key, value, bias, sinks, arrays, strips, out, lse)
 
 
 def _backward(program: _Program, residuals: Any, cotangents: Any) -> Any:
     query, key, value, bias, sinks, arrays, strips, out, lse = residuals
     dout, dlse = cotangents
     accumulated = lse.dtype
-    delta = (dout.astype(accumulated) * out.astype(accumulated)).sum(-1) - dlse
+    delta = (dout.astype(accumulated) * out).sum(-1) - dlse
 
     def tile(carry: Any, at: _Place, own: Strips) -> Any:
         rows = program.rows(query, at) * query.dtype.type(program.before)
