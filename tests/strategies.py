@@ -98,6 +98,7 @@ def problems(
     lengths: list[tuple[int, int]] = LENGTHS,
     to_array: tuple[ToArray, ...] = (jnp.asarray, np.asarray),
     slots: bool = True,
+    heads: int = HEADS,
 ) -> Problem:
     """Sizes, offsets and, where ``slots``, keys in another order than that of their positions."""
     query_length, key_length = draw(st.sampled_from(lengths))
@@ -123,7 +124,7 @@ def problems(
         dtype = draw(st.sampled_from([np.int32, np.int8]))
         key_positions = draw(st.sampled_from(to_array))(positions.astype(dtype))
         positions = np.broadcast_to(positions, (BATCH, key_length))
-    return Problem(BATCH, HEADS, query_length, key_length, first, offset, positions, key_positions, to_array)
+    return Problem(BATCH, heads, query_length, key_length, first, offset, positions, key_positions, to_array)
 
 
 @st.composite
@@ -154,7 +155,7 @@ def described(problem: Problem, depth: int = DEPTH) -> st.SearchStrategy[Describ
     leaves = st.one_of(
         one_head,
         _denses(problem, heads=[1, problem.heads]),
-        st.sampled_from(PREDICATES_OF_HEADS),
+        st.sampled_from(_predicates_of_heads(problem)),
         _per_heads(problem, _composed(one_head, min(depth, 1))),
     )
     return _composed(leaves, depth)
@@ -415,9 +416,14 @@ PREDICATES = [
     Described(Predicate(_first_half, bounds=_first_half_bounds), lambda b, h, q, kv, slot: kv < q // 2),
     Described(Predicate(_first_half, bounds=_some_first_half_bounds), lambda b, h, q, kv, slot: kv < q // 2),
 ]
-# What a predicate does with the batch and the heads shows only where something says how many there are.
-SIZES = Dense(np.ones((BATCH, HEADS, 1, 1), np.bool_))
-PREDICATES_OF_HEADS = [
-    Described(Predicate(_later) & SIZES, lambda b, h, q, kv, slot: kv >= h + b),
-    Described(Predicate(_later, BATCH, HEADS, _later_bounds), lambda b, h, q, kv, slot: kv >= h + b),
-]
+
+
+def _predicates_of_heads(problem: Problem) -> list[Described]:
+    # What a predicate does with the batch and the heads shows only where something says how many there are.
+    sizes = Dense(np.ones((problem.batch, problem.heads, 1, 1), np.bool_))
+    return [
+        Described(Predicate(_later) & sizes, lambda b, h, q, kv, slot: kv >= h + b),
+        Described(
+            Predicate(_later, problem.batch, problem.heads, _later_bounds), lambda b, h, q, kv, slot: kv >= h + b
+        ),
+    ]

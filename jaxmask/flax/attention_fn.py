@@ -59,6 +59,7 @@ def make_attention_fn(
         einsum_dot_general: Any = None,
         qk_attn_weights_einsum: Any = None,
         attn_weights_value_einsum: Any = None,
+        promote_dtype: Any = None,
         is_causal: bool = False,
     ) -> Array:
         if dropout_rate and not deterministic:
@@ -78,7 +79,9 @@ def make_attention_fn(
                 raise ValueError(
                     f"{name} cannot be honoured by jaxmask.attention, got {checks.describe(given)}: {hint}"
                 )
-        if dtype is not None:
+        if promote_dtype is not None:
+            query, key, value = promote_dtype((query, key, value), dtype=dtype)
+        elif dtype is not None:
             query, key, value = (x.astype(dtype) for x in (query, key, value))
         batch, each = query.shape[:-3], (jnp.shape(x)[-3:] for x in (query, key, value))
         query, key, value = (x.reshape(-1, *shape) for x, shape in zip((query, key, value), each, strict=True))

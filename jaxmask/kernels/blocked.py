@@ -44,7 +44,7 @@ def cover(states: Any, tile: int, width: int, key_length: int) -> Strips:
     """Cover the tiles of ``tile`` keys that are not EMPTY, ``[…, q_tiles, kv_tiles]``, by strips of ``width`` keys."""
     library = indices.library(states)
     kv_tiles, span = states.shape[-1], width // tile
-    end = library.zeros((*states.shape[:-1], 1), np.int32)
+    end = library.zeros_like(states, dtype=np.int32, shape=(*states.shape[:-1], 1))
     # From each tile on, the next that is not EMPTY; and before each tile, how many are not FULL.
     following = library.where(states == EMPTY, kv_tiles, np.arange(kv_tiles, dtype=np.int32))
     following = library.concatenate((following, end + kv_tiles), -1)
@@ -115,6 +115,7 @@ class _Program:
             "k": (at.key, self.keys),
         }
         parts = [whole.get(axis, (0, size)) if size > 1 else (0, 1) for axis, size in zip(axes, x.shape, strict=True)]
+        # Of one type all, in 64-bit mode too.
         return tuple(jnp.asarray(start, jnp.int32) for start, _ in parts), tuple(size for _, size in parts)
 
     def take(self, axes: str, x: Any, at: _Place) -> Any:
@@ -174,10 +175,13 @@ def _scores(program: _Program, inputs: Any, at: _Place, rows: Any, first: Any, m
     part = None if bias is None else program.take("bhqk", bias, at)
     call = program.decided if must_decide else program.full
     floats, others = arrays[must_decide]
+    # Of the type for which the call was traced: int32 in 64-bit mode too, and varying over the axes of a shard_map.
+    nothing = jnp.zeros_like(products, jnp.int32, ())
+    where = [jnp.asarray(index, jnp.int32) + nothing for index in (*at, first)]
 
     def change(products: Any, part: Any, floats: Any) -> Any:
         flat = products.reshape(products.shape[0], -1, *products.shape[3:])
-        return call(floats, others, flat, part, *at, first).reshape(products.shape)
+        return call(floats, others, flat, part, *where).reshape(products.shape)
 
     return at, k, change, (products, part, floats)
 
@@ -231,16 +235,17 @@ def _forward(
         return program.put_rows(carry[0], out, at), program.put_rows(carry[1], lse, at)
 
     shape = query.shape[:3]
-    start = jnp.zeros_like(query, value.dtype, (*shape, value.shape[3])), jnp.zeros_like(query, accumulated, shape)
+    start = jnp.zeros_like(query, accumulated, (*shape, value.shape[3])), jnp.zeros_like(query, accumulated, shape)
     out, lse = _for_each_tile(program, strips, tile, start)
-    return (out, lse), (query, key, value, bias, sinks, arrays, strips, out, lse)
+    # The backward pass has the output as it was before it is rounded, or gradients of half precision would suffer.
+    return (out.astype(value.dtype), lse), (query, key, value, bias, sinks, arrays, strips, out, lse)
 
 
 def _backward(program: _Program, residuals: Any, cotangents: Any) -> Any:
     query, key, value, bias, sinks, arrays, strips, out, lse = residuals
     dout, dlse = cotangents
     accumulated = lse.dtype
-    delta = (dout.astype(accumulated) * out.astype(accumulated)).sum(-1) - dlse
+    delta = (dout.astype(accumulated) * out).sum(-1) - dlse
 
     def tile(carry: Any, at: _Place, own: Strips) -> Any:
         rows = program.rows(query, at) * query.dtype.type(program.before)
@@ -378,7 +383,8 @@ def _attention(call: Call, at_start: bool, sinks: Any, block: tuple[int, int] | 
         example, kv_head, query, key, first_key = where
         b = example + iota(examples, 0) if apart else iota(batch, 0)
         h = kv_head * group + iota(group, 1) if lists[1] > 1 else iota(heads, 1)
-        q = indices.by_example(first, b) + query + iota(queries, 2)
+        # Of rows that only fill a tile, the last query: a bias may have nothing to say beyond it.
+        q = indices.by_example(first, b) + jnp.minimum(query + iota(queries, 2), query_length - 1)
         kv = key + iota(keys, 3)
         if callable(bias):
             part = bias(b, h, q, indices.key_position(call.key_positions, b, kv))

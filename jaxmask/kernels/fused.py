@@ -47,12 +47,12 @@ def tokamax_lacks(call: Call) -> list[str]:
 @jax.jit
 def tokamax(call: Call) -> Any:
     """By ``tokamax.dot_product_attention``, which chooses among its own kernels."""
-    from absl.flags import FLAGS
+    from absl import flags
     from tokamax import dot_product_attention
 
-    if not FLAGS.is_parsed():
-        FLAGS.mark_as_parsed()  # or tokamax reads the command line of this process, and refuses what it does not know
-
+    # Else tokamax parses the arguments of the program for its own flags, and fails on those it does not know.
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS.mark_as_parsed()
     return _native(call, partial(dot_product_attention, logits_soft_cap=call.logits_soft_cap))
 
 

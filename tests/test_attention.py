@@ -1,0 +1,410 @@
+"""Attention is what its definition says, by every implementation: output and gradients, masks, dtypes, biases, sinks."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import jaxmask
+from jaxmask import Causal, Dense, Full, Mask, Padding, PerHead, Prefix, Segments, SlidingWindow, Window
+from jaxmask.kernels import blocked, fused
+from jaxmask.kernels.call import checked_call
+from tests.definition import assert_close, defined, errors
+from tests.strategies import Described, Problem, described, problems
+
+Arrays = dict[str, Any]
+Attend = Callable[..., Any]
+
+BATCH, HEADS, KV_HEADS, QUERIES, KEYS, DIM, DIM_V = 2, 4, 2, 19, 40, 8, 6
+OFFSET = KEYS - QUERIES
+# Several tiles of queries and strips of keys, and the last of each is ragged.
+BLOCK = (8, 16)
+
+by_blocks = partial(blocked.attention, block=BLOCK)
+by_xla = partial(jaxmask.attention, implementation="xla")
+OURS: dict[str, Attend] = {"blocked": by_blocks, "xla": by_xla}
+ours = pytest.mark.parametrize("attend", OURS.values(), ids=OURS)
+
+# What rounding may add up to, relative to the scale of each array.
+TOLERANCE = {"float64": 1e-14, "float32": 2e-6, "bfloat16": 2e-2, "float16": 2e-3}
+
+VALID = np.arange(KEYS) >= np.array([[0], [7]])
+DOCUMENTS = np.arange(KEYS) // np.array([[9], [13]])
+MASKS: dict[str, Mask] = {
+    "sliding": SlidingWindow(6),
+    "window": Window(3, 2),
+    "sinks": Causal() & (SlidingWindow(jnp.asarray(5)) | Prefix(2)),
+    "packed": Causal() & Segments(jnp.asarray(DOCUMENTS)) & Padding(jnp.asarray(VALID)),
+    # Heads that share keys have masks of their own.
+    "heads": PerHead([Causal(), SlidingWindow(3), Full(), Prefix(jnp.asarray(11))]),
+}
+every_mask = pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
+
+
+def random(seed: int, *shape: int, dtype: Any = jnp.float32) -> jax.Array:
+    # In float32 first, for these are to be the same numbers in every dtype.
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), jnp.float32).astype(dtype)
+
+
+def arrays_of(
+    queries: int = QUERIES,
+    keys: int = KEYS,
+    *,
+    batch: int = BATCH,
+    heads: int = HEADS,
+    kv_heads: int = KV_HEADS,
+    dim: int = DIM,
+    dim_v: int = DIM_V,
+    dtype: Any = jnp.float32,
+    seed: int = 0,
+) -> tuple[Arrays, jax.Array]:
+    """Query, key and value, and a cotangent of the output."""
+    make = partial(random, dtype=dtype)
+    arrays = {
+        "query": make(seed, batch, queries, heads, dim),
+        "key": make(seed + 1, batch, keys, kv_heads, dim),
+        "value": make(seed + 2, batch, keys, kv_heads, dim_v),
+    }
+    return arrays, make(seed + 3, batch, queries, heads, dim_v)
+
+
+def with_gradients(attend: Callable[[Arrays], Any], arrays: Arrays, cotangent: Any) -> Arrays:
+    """The output, and the gradient for each array."""
+    out, pull = jax.vjp(attend, arrays)
+    return {"out": out, **pull(cotangent)[0]}
+
+
+# Many programs, each run once, need not be fast.
+quickly = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+
+
+def called(attend: Attend, arrays: Arrays, cotangent: Any, **how: Any) -> Arrays:
+    return quickly(with_gradients, static_argnums=0)(lambda arrays: attend(**arrays, **how), arrays, cotangent)
+
+
+def written_out(mask: Mask) -> Any:
+    return np.asarray(mask.dense(QUERIES, KEYS, offset=OFFSET))
+
+
+# Ours, by the definition.
+
+
+@dataclass(frozen=True)
+class Case:
+    problem: Problem
+    drawn: Described
+    arrays: Arrays
+    cotangent: Any
+    logits_soft_cap: float | None
+
+    def expected(self) -> Any:
+        allowed = self.problem.expected(self.drawn.oracle)
+        return defined(allowed, self.cotangent, **self.arrays, logits_soft_cap=self.logits_soft_cap)
+
+    def found(self, attend: Attend) -> Arrays:
+        how = {"mask": self.drawn.mask, "logits_soft_cap": self.logits_soft_cap, **self.problem.where}
+        return with_gradients(lambda arrays: attend(**arrays, **how), self.arrays, self.cotangent)
+
+
+@st.composite
+def attentions(draw: st.DrawFn, dtypes: tuple[Any, ...]) -> Case:
+    """Any mask, at any lengths and positions, and arrays to attend by it: MHA, GQA and MQA."""
+    problem = draw(problems([(QUERIES, KEYS), (KEYS, KEYS), (1, KEYS)], heads=HEADS))
+    drawn = draw(described(problem, depth=3))
+    dtype, kv_heads, seed = draw(st.sampled_from(dtypes)), draw(st.sampled_from([1, 2, 4])), draw(st.integers(0, 99))
+    arrays, cotangent = arrays_of(*problem.lengths, kv_heads=kv_heads, dtype=dtype, seed=seed)
+    bias = draw(st.sampled_from([None, (HEADS, 1, KEYS), (BATCH, 1, problem.query_length, KEYS)]))
+    if bias is not None:
+        arrays["bias"] = random(seed + 4, *bias, dtype=dtype)
+    return Case(problem, drawn, arrays, cotangent, draw(st.sampled_from([None, 2.0])))
+
+
+def assert_ours_are_defined(case: Case) -> None:
+    @quickly
+    def found() -> list[Arrays]:
+        return [case.found(attend) for attend in OURS.values()]
+
+    expected = case.expected()
+    for each in found():
+        assert_close(each, expected, TOLERANCE[case.arrays["query"].dtype.name])
+
+
+@settings(max_examples=10)
+@given(attentions((jnp.float32,)))
+def test_output_and_gradients_are_defined_for_any_mask(case: Case) -> None:
+    assert_ours_are_defined(case)
+
+
+@settings(max_examples=4)
+@given(attentions((jnp.bfloat16, jnp.float16)))
+def test_output_and_gradients_are_defined_for_any_mask_in_half_precision(case: Case) -> None:
+    assert_ours_are_defined(case)
+
+
+@ours
+@every_mask
+def test_every_kind_of_mask_with_grouped_queries(attend: Attend, mask: Mask) -> None:
+    arrays, cotangent = arrays_of()
+    expected = defined(written_out(mask), cotangent, **arrays)
+    assert_close(called(attend, arrays, cotangent, mask=mask, offset=OFFSET), expected, TOLERANCE["float32"])
+
+
+@ours
+def test_float64_is_computed_in_float64(attend: Attend) -> None:
+    mask = MASKS["packed"]
+    with jax.enable_x64(True):
+        arrays, cotangent = arrays_of(dtype=jnp.float64)
+        found = called(attend, arrays, cotangent, mask=mask, offset=OFFSET)
+        assert {x.dtype for x in found.values()} == {np.dtype(np.float64)}
+    assert_close(found, defined(written_out(mask), cotangent, **arrays), TOLERANCE["float64"])
+
+
+# Half precision.
+
+
+def jax_nn(query: Any, key: Any, value: Any, mask: Mask, offset: Any = None) -> Any:
+    allowed = mask.dense(query.shape[1], key.shape[1], offset=offset)
+    return jax.nn.dot_product_attention(query, key, value, mask=allowed, implementation="xla")
+
+
+@ours
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16], ids=lambda dtype: dtype.__name__)
+def test_half_precision_is_no_worse_than_that_of_jax_nn(attend: Attend, dtype: Any) -> None:
+    arrays, cotangent = arrays_of(KEYS, KEYS, dim=32, dim_v=32, dtype=dtype)
+    mask = SlidingWindow(20)
+    expected, _ = defined(np.asarray(mask.dense(KEYS, KEYS)), cotangent, **arrays)
+
+    def mean_errors(found: Arrays) -> dict[str, float]:
+        return {name: float(np.abs(np.asarray(x, np.float64) - expected[name]).mean()) for name, x in found.items()}
+
+    ours = mean_errors(called(attend, arrays, cotangent, mask=mask))
+    # Not in a jit, where jax.nn asks for a product of float16 that a CPU does not have.
+    theirs = mean_errors(with_gradients(lambda arrays: jax_nn(**arrays, mask=mask), arrays, cotangent))
+    # The same to the last digits that matter; but blocks multiply gradients of scores in half precision, and jax.nn
+    # those in float32.
+    factors = {"out": 1.01, "value": 1.01, "query": 1.1, "key": 1.1}
+    assert {name: error / theirs[name] for name, error in ours.items() if error > factors[name] * theirs[name]} == {}
+
+
+# Kernels of others, where they take the call.
+
+
+def by_jax_nn(query: Any, key: Any, value: Any, mask: Mask) -> Any:
+    return fused.by_jax_nn(checked_call(query, key, value, mask, None, None, None, None, None), "xla")
+
+
+THEIRS: dict[str, Attend] = {
+    "tokamax": partial(jaxmask.attention, implementation="tokamax"),
+    "splash": partial(jaxmask.attention, implementation="splash"),
+    "jax.nn": by_jax_nn,
+}
+# Queries from 132 on have no keys within the window, nor has the second example any key at all.
+LONE = SlidingWindow(5) & Prefix(jnp.array([128, 0]))
+
+
+@pytest.mark.parametrize("attend", [*THEIRS.values(), by_blocks, by_xla], ids=[*THEIRS, *OURS])
+def test_every_implementation_gives_zeros_where_there_is_nothing_to_attend_to(attend: Attend) -> None:
+    arrays, cotangent = arrays_of(256, 256, heads=2, kv_heads=1, dim=64, dim_v=64)
+    found = called(attend, arrays, cotangent, mask=LONE)
+    for name in ("out", "query"):
+        assert not found[name][0, 132:].any()
+        assert not found[name][1].any()
+    for name in ("key", "value"):
+        assert not found[name][0, 128:].any()
+        assert not found[name][1].any()
+    # Splash and tokamax have their own order of sums.
+    allowed = np.asarray(LONE.dense(256, 256))
+    assert_close(found, defined(allowed, cotangent, **arrays), TOLERANCE["float32"])
+
+
+@pytest.mark.parametrize("attend", [THEIRS["tokamax"], by_jax_nn], ids=["tokamax", "jax.nn"])
+@pytest.mark.parametrize("mask", [Causal(), Window(3, 2), SlidingWindow(6) & Prefix(jnp.array([30, 2]))], ids=repr)
+def test_arguments_of_others_say_the_mask(attend: Attend, mask: Mask) -> None:
+    arrays, cotangent = arrays_of(KEYS, KEYS, dim_v=DIM)
+    expected = defined(np.asarray(mask.dense(KEYS, KEYS)), cotangent, **arrays)
+    assert_close(called(attend, arrays, cotangent, mask=mask), expected, TOLERANCE["float32"])
+
+
+# Soft cap, bias, sinks.
+
+
+@ours
+def test_the_cap_comes_after_the_scale_and_before_the_bias(attend: Attend) -> None:
+    arrays, cotangent = arrays_of()
+    arrays["bias"] = 3 * random(4, HEADS, QUERIES, KEYS)
+    how = {"scale": 0.9, "logits_soft_cap": 1.5}
+    expected = defined(written_out(MASKS["heads"]), cotangent, **arrays, **how)
+    found = called(attend, arrays, cotangent, mask=MASKS["heads"], offset=OFFSET, **how)
+    assert_close(found, expected, TOLERANCE["float32"])
+
+
+BIASES = [
+    (),
+    (KEYS,),
+    (QUERIES, 1),
+    (HEADS, 1, 1),
+    (1, HEADS, QUERIES, KEYS),
+    (BATCH, 1, 1, KEYS),
+    (BATCH, HEADS, QUERIES, 1),
+]
+
+
+@pytest.mark.parametrize("shape", BIASES, ids=str)
+def test_a_bias_of_every_shape_that_broadcasts_has_a_gradient_of_its_own_shape(shape: tuple[int, ...]) -> None:
+    arrays, cotangent = arrays_of()
+    arrays["bias"] = random(4, *shape)
+    expected = defined(written_out(MASKS["packed"]), cotangent, **arrays)
+    for attend in OURS.values():
+        found = called(attend, arrays, cotangent, mask=MASKS["packed"], offset=OFFSET)
+        assert_close(found, expected, TOLERANCE["float32"])
+
+
+DISTANCES = np.arange(KEYS) - (OFFSET + np.arange(QUERIES)[:, None])
+SLOPES = jnp.array([0.5, -0.25, 0.125, 0.0625])
+
+
+def with_alibi(attend: Attend, query: Any, key: Any, value: Any, slopes: Any) -> Any:
+    """Learned slopes, one for each head: https://arxiv.org/abs/2108.12409."""
+    bias = lambda b, h, q, kv: slopes[h] * (kv - q)  # noqa: E731
+    return attend(query, key, value, SlidingWindow(12), bias=bias, offset=OFFSET)
+
+
+@ours
+def test_a_bias_of_positions_has_a_gradient_to_what_it_closes_over(attend: Attend) -> None:
+    arrays, cotangent = arrays_of()
+    bias = np.asarray(SLOPES, np.float64)[:, None, None] * DISTANCES
+    whole = np.broadcast_to(bias, (BATCH, HEADS, QUERIES, KEYS))
+    expected, scales = defined(written_out(SlidingWindow(12)), cotangent, **arrays, bias=whole)
+    expected["slopes"] = (expected["bias"] * DISTANCES).sum((0, 2, 3))
+    scales["slopes"] = scales["bias"] * QUERIES * 12
+    found = called(partial(with_alibi, attend), {**arrays, "slopes": SLOPES}, cotangent)
+    assert_close(found, (expected, scales), TOLERANCE["float32"])
+
+
+@ours
+def test_a_bias_of_positions_is_differentiated_inside_and_outside_of_jit(attend: Attend) -> None:
+    arrays, cotangent = arrays_of()
+
+    def loss(slopes: Any) -> Any:
+        return (with_alibi(attend, **arrays, slopes=slopes) * cotangent).sum()
+
+    inside, outside = jax.jit(jax.grad(loss))(SLOPES), jax.grad(jax.jit(loss))(SLOPES)
+    assert np.abs(inside).min() > 0.1
+    np.testing.assert_allclose(inside, outside, rtol=1e-5)
+
+
+@ours
+def test_a_bias_of_positions_is_read_at_the_positions_of_keys(attend: Attend) -> None:
+    arrays, cotangent = arrays_of()
+    ring = np.roll(np.arange(KEYS), 11)
+    bias = lambda b, h, q, kv: SLOPES[h] * (kv - q)  # noqa: E731
+    written = np.asarray(SLOPES, np.float64)[:, None, None] * (ring - OFFSET - np.arange(QUERIES)[:, None])
+    expected, scales = defined(written_out(Causal())[..., ring], cotangent, **arrays, bias=written)
+    found = called(
+        attend, arrays, cotangent, mask=Causal(), bias=bias, offset=jnp.asarray(OFFSET), key_positions=ring
+    )
+    assert_close(found, (expected, scales), TOLERANCE["float32"])
+
+
+@ours
+def test_a_bias_of_a_table_is_read_at_positions_of_queries_alone(attend: Attend) -> None:
+    # A tile that is not whole has rows without a query; read beyond its end, this table gives NaN.
+    arrays, cotangent = arrays_of()
+    arrays["table"] = random(4, KEYS)
+
+    def with_table(query: Any, key: Any, value: Any, table: Any) -> Any:
+        bias = lambda b, h, q, kv: table.at[q].get(mode="fill", fill_value=jnp.nan)  # noqa: E731
+        return attend(query, key, value, bias=bias, mask=Full(), offset=OFFSET)
+
+    found = called(with_table, arrays, cotangent)
+    assert all(np.isfinite(x).all() for x in found.values())
+
+
+@pytest.mark.parametrize("mask", [SlidingWindow(6), MASKS["packed"], PerHead([Full(), Causal(), Prefix(0), Full()])])
+def test_sinks_take_part_in_softmax_without_a_value(mask: Mask) -> None:
+    arrays, cotangent = arrays_of()
+    arrays["sinks"] = jnp.array([0.0, 2.0, -30.0, 30.0])
+    expected = defined(written_out(mask), cotangent, **arrays)
+    found = called(by_blocks, arrays, cotangent, mask=mask, offset=OFFSET)
+    assert_close(found, expected, TOLERANCE["float32"])
+
+
+# The log-sum-exp.
+
+
+def with_lse(attend: Callable[[Arrays], Any], arrays: Arrays, cotangents: Any) -> Arrays:
+    (out, lse), pull = jax.vjp(attend, arrays)
+    return {"out": out, "lse": lse, **pull(cotangents)[0]}
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_log_sum_exp_and_its_gradient(name: str) -> None:
+    arrays, cotangent = arrays_of()
+    arrays["sinks"] = jnp.array([0.0, 2.0, -30.0, 30.0])
+    if name == "packed":
+        del arrays["sinks"]  # so that a row may be empty, and its log-sum-exp infinite
+    lse_cotangent = random(5, BATCH, QUERIES, HEADS)
+    attend = partial(by_blocks, mask=MASKS[name], offset=OFFSET, return_residual=True)
+    found = quickly(with_lse, static_argnums=0)(lambda arrays: attend(**arrays), arrays, (cotangent, lse_cotangent))
+    expected = defined(written_out(MASKS[name]), cotangent, **arrays, lse_cotangent=lse_cotangent)
+    assert_close(found, expected, TOLERANCE["float32"])
+
+
+def test_log_sum_exp_of_an_empty_row_is_minus_infinity() -> None:
+    arrays, _ = arrays_of()
+    _, lse = by_blocks(**arrays, mask=Prefix(jnp.array([3, 0])), return_residual=True)
+    assert np.isfinite(lse[0]).all()
+    assert (lse[1] == -np.inf).all()
+
+
+def in_halves(query: Any, key: Any, value: Any) -> Any:
+    """Attention to two halves of the keys, joined by what each says of its log-sum-exp."""
+    half = KEYS // 2
+    outs, lses = zip(
+        *(
+            by_blocks(
+                query,
+                key[:, part],
+                value[:, part],
+                Causal(),
+                offset=8,
+                key_positions=np.arange(KEYS)[part],
+                return_residual=True,
+            )
+            for part in (slice(half), slice(half, None))
+        ),
+        strict=True,
+    )
+    lse = jnp.logaddexp(*lses)
+    return sum(out * jnp.exp(each - lse)[..., None] for out, each in zip(outs, lses, strict=True))
+
+
+def test_halves_of_the_keys_are_joined_by_their_log_sum_exp() -> None:
+    # The first queries attend to no key of the second half.
+    arrays, cotangent = arrays_of()
+    expected = defined(np.asarray(Causal().dense(QUERIES, KEYS, offset=8)), cotangent, **arrays)
+    assert_close(called(in_halves, arrays, cotangent), expected, TOLERANCE["float32"])
+
+
+# Positions of keys.
+
+
+@ours
+def test_keys_of_a_ring_buffer_are_the_same_keys_in_order(attend: Attend) -> None:
+    arrays, cotangent = arrays_of()
+    ring = np.roll(np.arange(KEYS), 11)
+    expected, scales = defined(written_out(SlidingWindow(9)), cotangent, **arrays)
+    for name in ("key", "value"):
+        arrays[name] = arrays[name][:, ring]
+        expected[name] = expected[name][:, ring]
+    found = called(
+        attend, arrays, cotangent, mask=SlidingWindow(9), offset=OFFSET, key_positions=jnp.asarray(ring)
+    )
+    assert_close(found, (expected, scales), TOLERANCE["float32"])
