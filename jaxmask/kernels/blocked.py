@@ -22,56 +22,8 @@ from jaxmask import indices
 from jaxmask.indices import iota
 from jaxmask.kernels import scores
 from jaxmask.kernels.call import Bias, Call, checked_call
+from jaxmask.kernels.strips import Strips, cover, states_of
 from jaxmask.mask import KeyPositions, Mask, Offset
-from jaxmask.tiles import EMPTY, FULL
-
-
-class Strips(NamedTuple):
-    """The strips of keys for each tile of queries, those that the mask must decide first. All int32.
-
-    Args:
-        first: the first key of each, ``[batch|1, kv_heads|1, q_tiles, strips]``.
-        decided: how many the mask must decide, ``[batch|1, kv_heads|1, q_tiles]``.
-        count: how many there are, ``[batch|1, kv_heads|1, q_tiles]``.
-    """
-
-    first: Any
-    decided: Any
-    count: Any
-
-
-def cover(states: Any, tile: int, width: int, key_length: int) -> Strips:
-    """Cover the tiles of ``tile`` keys that are not EMPTY, ``[…, q_tiles, kv_tiles]``, by strips of ``width`` keys."""
-    library = indices.library(states)
-    kv_tiles, span = states.shape[-1], width // tile
-    end = library.zeros_like(states, dtype=np.int32, shape=(*states.shape[:-1], 1))
-    # From each tile on, the next that is not EMPTY; and before each tile, how many are not FULL.
-    following = library.where(states == EMPTY, kv_tiles, np.arange(kv_tiles, dtype=np.int32))
-    following = library.concatenate((following, end + kv_tiles), -1)
-    following = library.minimum.accumulate(following[..., ::-1], axis=-1)[..., ::-1]
-    partial_before = library.concatenate((end, (states != FULL).cumsum(-1, dtype=np.int32)), -1)
-
-    def at(table: Any, tiles: Any) -> Any:
-        return library.take_along_axis(table, library.minimum(tiles, kv_tiles), -1)
-
-    def step(end: Any, _: None) -> Any:
-        first = at(following, end)
-        return first + span, first
-
-    if library is np:
-        found = [at(following, end)]
-        while (first := at(following, found[-1] + span)).min() < kv_tiles:
-            found.append(first)
-        first = np.concatenate(found, -1)
-    else:
-        first = jnp.moveaxis(lax.scan(step, end, length=-(-kv_tiles // span))[1][..., 0], 0, -1)
-    there = first < kv_tiles
-    full = (
-        there & (at(partial_before, first) == at(partial_before, first + span)) & (first * tile + width <= key_length)
-    )
-    order = library.argsort(library.where(there, full, 2), axis=-1, stable=True)
-    first = library.take_along_axis(library.where(there, first * tile, 0), order, -1)
-    return Strips(first.astype(np.int32), (there & ~full).sum(-1, dtype=np.int32), there.sum(-1, dtype=np.int32))
 
 
 class _Place(NamedTuple):
@@ -369,9 +321,9 @@ def _attention(call: Call, at_start: bool, sinks: Any, block: tuple[int, int] | 
     group = heads // kv_heads
     queries, keys = block or (256, None)
     queries, tile = min(queries, query_length), min(128 if keys is None or keys % 128 == 0 else keys, key_length)
-    states, mask, first = _states(call, 0 if at_start else call.offset, (queries, tile))
+    states, mask, first = states_of(call, 0 if at_start else call.offset, (queries, tile))
     many = states.shape[2] > 1
-    keys = min(_keys(states, tile) if keys is None else keys, key_length // tile * tile)
+    keys = min(width(states, tile) if keys is None else keys, key_length // tile * tile)
     strips = cover(states, tile, keys, key_length)
     # On a CPU, the scores of one example at a time stay in the cache.
     apart = states.shape[0] > 1 or (many and jax.default_backend() == "cpu")
@@ -433,35 +385,6 @@ def _attention(call: Call, at_start: bool, sinks: Any, block: tuple[int, int] | 
     results: tuple[Any, Any] = _run(program, query, key, value, array, sinks, arrays, strips)
     out, lse = (x[:, :query_length] for x in results)
     return out, jnp.where(lse == jnp.inf, -jnp.inf, lse)
-
-
-def _states(call: Call, offset: Any, block: tuple[int, int]) -> tuple[Any, Mask, Any]:
-    """The states of the tiles, ``[batch|1, kv_heads|1, q_tiles, kv_tiles]``, and the mask and offset to decide them."""
-    (_, query_length, _, _), (_, key_length, kv_heads, _) = call.query.shape, call.key.shape
-    tiles = call.mask.tiles(query_length, key_length, block=block, offset=offset, key_positions=call.key_positions)
-    states = tiles.states
-    if states.shape[1] > 1:
-        states = _union(states.reshape(states.shape[0], kv_heads, -1, *states.shape[2:]), 2)
-    if states.shape[2] == 1:  # a step of decoding, best done for all examples at once
-        states = _union(states, (0, 1))[None, None]
-    return states, tiles.mask, tiles.offset
-
-
-def _union(states: Any, axis: int | tuple[int, ...]) -> Any:
-    """The states of masks joined by ``|``, as far as it is FULL where each of them is."""
-    some, every = (states != EMPTY).any(axis), (states == FULL).all(axis)
-    return some.astype(np.int8) + every.astype(np.int8)
-
-
-def _keys(states: Any, tile: int) -> int:
-    """How many keys are in a strip: one strip for each tile of queries, if that is known to be short enough."""
-    most = 512 // tile
-    if indices.is_static(states):
-        there = states != EMPTY
-        spans = states.shape[-1] - there.argmax(-1) - there[..., ::-1].argmax(-1)
-        longest = int(np.where(there.any(-1), spans, 1).max())
-        most = longest if longest * tile <= 1280 else most
-    return max(most, 1) * tile
 
 
 def _vary_alike(arrays: Any) -> Any:
