@@ -1,7 +1,7 @@
 """Attention is what its definition says, by every implementation: output and gradients, masks, dtypes, biases, sinks."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -13,10 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import jaxmask
-from jaxmask import Causal, Dense, Full, Mask, Padding, PerHead, Prefix, Segments, SlidingWindow, Window
+from jaxmask import Causal, Full, Mask, Padding, PerHead, Prefix, Segments, SlidingWindow, Window
 from jaxmask.kernels import blocked, fused
 from jaxmask.kernels.call import checked_call
-from tests.definition import assert_close, defined, errors
+from tests.definition import assert_close, defined
 from tests.strategies import Described, Problem, described, problems
 
 Arrays = dict[str, Any]
@@ -307,9 +307,7 @@ def test_a_bias_of_positions_is_read_at_the_positions_of_keys(attend: Attend) ->
     bias = lambda b, h, q, kv: SLOPES[h] * (kv - q)  # noqa: E731
     written = np.asarray(SLOPES, np.float64)[:, None, None] * (ring - OFFSET - np.arange(QUERIES)[:, None])
     expected, scales = defined(written_out(Causal())[..., ring], cotangent, **arrays, bias=written)
-    found = called(
-        attend, arrays, cotangent, mask=Causal(), bias=bias, offset=jnp.asarray(OFFSET), key_positions=ring
-    )
+    found = called(attend, arrays, cotangent, mask=Causal(), bias=bias, offset=jnp.asarray(OFFSET), key_positions=ring)
     assert_close(found, (expected, scales), TOLERANCE["float32"])
 
 
@@ -404,7 +402,5 @@ def test_keys_of_a_ring_buffer_are_the_same_keys_in_order(attend: Attend) -> Non
     for name in ("key", "value"):
         arrays[name] = arrays[name][:, ring]
         expected[name] = expected[name][:, ring]
-    found = called(
-        attend, arrays, cotangent, mask=SlidingWindow(9), offset=OFFSET, key_positions=jnp.asarray(ring)
-    )
+    found = called(attend, arrays, cotangent, mask=SlidingWindow(9), offset=OFFSET, key_positions=jnp.asarray(ring))
     assert_close(found, (expected, scales), TOLERANCE["float32"])
