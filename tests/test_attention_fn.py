@@ -24,8 +24,9 @@ def some(*shape: int, seed: int = 1) -> jax.Array:
     return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), jnp.float32)
 
 
-def heads(*batch: int) -> tuple[jax.Array, ...]:
-    return tuple(some(*batch, LENGTH, HEADS, 4, seed=seed) for seed in range(3))
+def heads(*batch: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    query, key, value = (some(*batch, LENGTH, HEADS, 4, seed=seed) for seed in range(3))
+    return query, key, value
 
 
 def readable(mask: Mask) -> Any:
@@ -154,7 +155,7 @@ def test_nnx_dropout_is_refused() -> None:
     layer = nnx.MultiHeadAttention(
         HEADS, FEATURES, dropout_rate=0.5, attention_fn=make_attention_fn(), decode=False, rngs=nnx.Rngs(0)
     )
-    with pytest.raises(ValueError, match="dropout_rate is 0.5"):
+    with pytest.raises(ValueError, match="dropout_rate is"):
         layer(X, deterministic=False)
 
 
