@@ -104,7 +104,8 @@ def _sum_to(x: Floats, shape: tuple[int, ...]) -> Floats:
 def errors(found: dict[str, Any], expected: dict[str, Floats], scales: dict[str, float]) -> dict[str, float]:
     """For each array that was found, the largest error relative to its scale."""
     return {
-        name: float(_distance(np.asarray(x, np.float64), expected[name]).max()) / (scales[name] or np.finfo(np.float64).tiny)
+        name: float(_distance(np.asarray(x, np.float64), expected[name]).max())
+        / (scales[name] or np.finfo(np.float64).tiny)
         for name, x in found.items()
     }
 
@@ -116,9 +117,7 @@ def _distance(x: Floats, expected: Floats) -> Floats:
         return np.where(x == expected, 0, np.abs(x - expected))  # infinities are equal or far apart
 
 
-def assert_close(
-    found: dict[str, Any], expected: tuple[dict[str, Floats], dict[str, float]], tolerance: float
-) -> None:
+def assert_close(found: dict[str, Any], expected: tuple[dict[str, Floats], dict[str, float]], tolerance: float) -> None:
     """Every array is what is expected, up to a tolerance relative to its scale."""
     far = {name: error for name, error in errors(found, *expected).items() if not error <= tolerance}
     assert far == {}

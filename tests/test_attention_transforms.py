@@ -14,7 +14,7 @@ import jaxmask
 from jaxmask import Causal, Dense, Mask, Padding, Predicate, Prefix, SlidingWindow
 from jaxmask.kernels import blocked
 from tests.definition import assert_close, defined
-from tests.test_attention import OURS, Attend, Arrays, arrays_of, by_blocks, by_xla, ours, random, with_gradients
+from tests.test_attention import Arrays, Attend, arrays_of, by_blocks, by_xla, ours, random, with_gradients
 from tests.test_mask_laws import compilations, counted
 
 LENGTH = 24

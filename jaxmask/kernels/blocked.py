@@ -18,7 +18,7 @@ from jax import lax
 from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
 from jaxtyping import Array, Float
 
-from jaxmask import indices
+from jaxmask import checks, indices
 from jaxmask.indices import iota
 from jaxmask.kernels import scores
 from jaxmask.kernels.call import Bias, Call, checked_call
@@ -298,6 +298,10 @@ def attention(
     (1, 4, 2, 8) [1. 2. 3. 4.]
     """
     call = checked_call(query, key, value, mask, bias, scale, offset, key_positions, logits_soft_cap)
+    if sinks is not None and checks.array("sinks", sinks, "f").shape != (query.shape[2],):
+        raise ValueError(
+            f"sinks must have one logit for each of the {query.shape[2]} heads, got {checks.describe(sinks)}"
+        )
     out, lse = _attention(*_static_start(call), sinks, block)
     return (out, lse) if return_residual else out
 

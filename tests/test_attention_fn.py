@@ -1,0 +1,213 @@
+"""Attention as Flax's modules call it: what they pass is honoured or refused, and nothing is ignored."""
+
+import inspect
+import re
+from typing import Any
+
+import flax.linen as linen
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from jaxmask import Causal, Full, Mask, Padding, SlidingWindow, make_attention_fn
+
+LENGTH, HEADS, FEATURES = 12, 2, 8
+VALID = jnp.asarray(np.arange(LENGTH) >= np.array([[0], [4]]))
+X = jnp.asarray(np.random.default_rng(0).standard_normal((2, LENGTH, FEATURES)), jnp.float32)
+FUNCTIONS = {"linen": linen.dot_product_attention, "nnx": nnx.dot_product_attention}
+every_flax = pytest.mark.parametrize("theirs", FUNCTIONS.values(), ids=FUNCTIONS)
+
+
+def some(*shape: int, seed: int = 1) -> jax.Array:
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), jnp.float32)
+
+
+def heads(*batch: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    query, key, value = (some(*batch, LENGTH, HEADS, 4, seed=seed) for seed in range(3))
+    return query, key, value
+
+
+def readable(mask: Mask) -> Any:
+    """The mask written out, and every query attends to itself: of nothing, Flax makes the mean."""
+    return mask.dense(LENGTH, LENGTH) | jnp.eye(LENGTH, dtype=bool)
+
+
+def same(found: Any, expected: Any, tolerance: float = 2e-6) -> None:
+    assert found.dtype == expected.dtype
+    scale = float(np.abs(np.asarray(expected, np.float64)).max())
+    np.testing.assert_allclose(
+        np.asarray(found, np.float64), np.asarray(expected, np.float64), rtol=0, atol=tolerance * scale
+    )
+
+
+def linen_layer(x: Any, attention_fn: Any, **call: Any) -> Any:
+    def output(fn: Any, variables: Any = None) -> Any:
+        layer = linen.MultiHeadDotProductAttention(num_heads=HEADS, attention_fn=fn)
+        return layer.init(jax.random.key(0), x) if variables is None else layer.apply(variables, x, **call)
+
+    return output(attention_fn, output(linen.dot_product_attention))
+
+
+def nnx_layer(x: Any, attention_fn: Any, **call: Any) -> Any:
+    layer = nnx.MultiHeadAttention(HEADS, FEATURES, attention_fn=attention_fn, decode=False, rngs=nnx.Rngs(0))
+    return layer(x, **call)
+
+
+LAYERS = {"linen": (linen_layer, linen.dot_product_attention), "nnx": (nnx_layer, nnx.dot_product_attention)}
+every_layer = pytest.mark.parametrize(("layer", "theirs"), LAYERS.values(), ids=LAYERS)
+BASE = SlidingWindow(5)
+
+
+@every_layer
+def test_a_layer_attends_as_with_the_dense_mask(layer: Any, theirs: Any) -> None:
+    same(layer(X, make_attention_fn(BASE)), layer(X, theirs, mask=BASE.dense(LENGTH, LENGTH)))
+
+
+@every_layer
+def test_the_mask_of_the_call_is_joined_to_the_description(layer: Any, theirs: Any) -> None:
+    mask = readable(Padding(VALID))
+    found = layer(X, make_attention_fn(BASE), mask=mask)
+    same(found, layer(X, theirs, mask=mask & BASE.dense(LENGTH, LENGTH)))
+
+
+@every_layer
+def test_gradients_of_a_layer_are_those_with_the_dense_mask(layer: Any, theirs: Any) -> None:
+    found = jax.grad(lambda x: layer(x, make_attention_fn(BASE)).sum())(X)
+    same(found, jax.grad(lambda x: layer(x, theirs, mask=BASE.dense(LENGTH, LENGTH)).sum())(X))
+
+
+@every_flax
+def test_bias_and_numeric_mask_are_honoured(theirs: Any) -> None:
+    arrays, bias = heads(2), some(1, HEADS, LENGTH, LENGTH, seed=5)
+    mask = readable(Padding(VALID)).astype(jnp.float32)
+    found = make_attention_fn(BASE)(*arrays, bias=bias, mask=mask)
+    same(found, theirs(*arrays, bias=bias, mask=(mask > 0) & BASE.dense(LENGTH, LENGTH)))
+
+
+@every_flax
+@pytest.mark.parametrize("batch", [(), (2,), (2, 3)], ids=str)
+def test_any_number_of_batch_dimensions(theirs: Any, batch: tuple[int, ...]) -> None:
+    arrays = heads(*batch)
+    mask = some(*batch, 1, LENGTH, LENGTH, seed=6) > 0
+    mask = mask | jnp.eye(LENGTH, dtype=bool)
+    bias = some(*(1 for _ in batch), HEADS, 1, LENGTH, seed=7)
+    found = make_attention_fn(BASE)(*arrays, bias=bias, mask=mask)
+    same(found, theirs(*arrays, bias=bias, mask=mask & BASE.dense(LENGTH, LENGTH)[(0,) * (not batch)]))
+
+
+@every_flax
+def test_the_dtype_is_honoured(theirs: Any) -> None:
+    arrays = heads(2)
+    found = make_attention_fn(Full())(*arrays, dtype=jnp.bfloat16)
+    same(found, theirs(*arrays, dtype=jnp.bfloat16), tolerance=2e-2)
+
+
+def test_a_function_that_promotes_dtypes_is_honoured() -> None:
+    def in_half(arrays: Any, dtype: Any) -> Any:
+        assert dtype is None
+        return tuple(x.astype(jnp.float16) for x in arrays)
+
+    assert make_attention_fn()(*heads(2), promote_dtype=in_half).dtype == jnp.float16
+
+
+def test_is_causal_is_joined_to_the_description() -> None:
+    arrays = heads(2)
+    found = make_attention_fn(Padding(jnp.ones((1, LENGTH), bool)))(*arrays, is_causal=True)
+    same(found, nnx.dot_product_attention(*arrays, is_causal=True))
+
+
+def test_no_description_is_no_mask() -> None:
+    arrays = heads(2)
+    same(make_attention_fn()(*arrays), linen.dot_product_attention(*arrays))
+
+
+def test_dropout_is_no_matter_where_it_is_deterministic() -> None:
+    arrays = heads(2)
+    same(make_attention_fn()(*arrays, dropout_rate=0.5, deterministic=True), make_attention_fn()(*arrays))
+
+
+@every_flax
+def test_every_parameter_of_flax_is_one_of_ours(theirs: Any) -> None:
+    # For linen drops, without a word, what an attention function has no parameter for.
+    missing = set(inspect.signature(theirs).parameters) - set(inspect.signature(make_attention_fn()).parameters)
+    assert missing == set()
+
+
+REFUSED: dict[str, Any] = {
+    "dropout_rate": 0.5,
+    "precision": jax.lax.Precision.HIGHEST,
+    "module": linen.Dense(3),
+    "einsum_dot_general": jax.lax.dot_general,
+    "qk_attn_weights_einsum": jnp.einsum,
+    "attn_weights_value_einsum": jnp.einsum,
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_be_honoured_is_refused(name: str) -> None:
+    with pytest.raises(ValueError, match=name):
+        make_attention_fn()(*heads(2), **{name: REFUSED[name]})
+
+
+def test_nnx_dropout_is_refused() -> None:
+    layer = nnx.MultiHeadAttention(
+        HEADS, FEATURES, dropout_rate=0.5, attention_fn=make_attention_fn(), decode=False, rngs=nnx.Rngs(0)
+    )
+    with pytest.raises(ValueError, match="dropout_rate is"):
+        layer(X, deterministic=False)
+
+
+@every_layer
+def test_sown_weights_are_refused(layer: Any, theirs: Any) -> None:
+    with pytest.raises(ValueError, match="sow_weights=True"):
+        layer(X, make_attention_fn(), sow_weights=True)
+
+
+# A step of decoding with the cache of Flax, which knows the position of the query, and does not say it.
+
+
+def decoding(attention_fn: Any) -> tuple[Any, Any]:
+    layer = linen.MultiHeadDotProductAttention(num_heads=HEADS, attention_fn=attention_fn, decode=True)
+    return layer, layer.init(jax.random.key(0), X)
+
+
+@pytest.mark.parametrize("description", [Causal(), BASE], ids=repr)
+def test_decoding_by_a_description_of_positions_asks_for_an_offset(description: Mask) -> None:
+    _, variables = decoding(linen.dot_product_attention)
+    layer = linen.MultiHeadDotProductAttention(
+        num_heads=HEADS, attention_fn=make_attention_fn(description), decode=True
+    )
+    with pytest.raises(ValueError, match=re.escape("offset is missing: 1 queries and 12 keys")):
+        layer.apply(variables, X[:, :1], mutable=["cache"])
+
+
+def test_nnx_decoding_by_a_description_of_positions_asks_for_an_offset() -> None:
+    layer = nnx.MultiHeadAttention(HEADS, FEATURES, attention_fn=make_attention_fn(BASE), decode=True, rngs=nnx.Rngs(0))
+    layer.init_cache(X.shape)
+    with pytest.raises(ValueError, match="offset is missing"):
+        layer(X[:, :1])
+
+
+@pytest.mark.parametrize("at", [0, 3])
+def test_decoding_with_an_offset_is_the_row_of_the_whole(at: int) -> None:
+    plain, variables = decoding(linen.dot_product_attention)
+    whole = linen.MultiHeadDotProductAttention(num_heads=HEADS, attention_fn=make_attention_fn(BASE))
+    expected = whole.apply({"params": variables["params"]}, X)
+    cache = variables
+    for t in range(at):
+        _, state = plain.apply(cache, X[:, t : t + 1], mutable=["cache"])
+        cache = {**variables, **state}
+    layer = linen.MultiHeadDotProductAttention(
+        num_heads=HEADS, attention_fn=make_attention_fn(BASE, offset=jnp.asarray(at)), decode=True
+    )
+    found, _ = layer.apply(cache, X[:, at : at + 1], mutable=["cache"])
+    same(found[:, 0], jnp.asarray(expected)[:, at], tolerance=1e-5)
+
+
+def test_decoding_without_positions_attends_to_the_keys_that_are_there() -> None:
+    plain, variables = decoding(linen.dot_product_attention)
+    layer = linen.MultiHeadDotProductAttention(num_heads=HEADS, attention_fn=make_attention_fn(), decode=True)
+    found, expected = (each.apply(variables, X[:, :1], mutable=["cache"])[0] for each in (layer, plain))
+    same(found, expected)
