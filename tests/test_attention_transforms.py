@@ -153,7 +153,7 @@ def test_a_program_with_its_gradient_is_exported_for_every_platform(attend: Atte
         return with_gradients(lambda arrays: attend(**arrays, mask=SlidingWindow(7), offset=offset), arrays, cotangent)
 
     exported = jax.export.export(program, platforms=["cpu", "cuda", "tpu"])(arrays, jnp.asarray(0))
-    found = exported.call(arrays, jnp.asarray(0))
+    found: Any = exported.call(arrays, jnp.asarray(0))
     assert_close(found, expected_of(SlidingWindow(7), arrays, cotangent), TOLERANCE)
 
 
@@ -205,7 +205,8 @@ def temporary_bytes(length: int, mask: Mask, differentiated: bool) -> int:
         return pull(out)
 
     program = jax.jit(gradients if differentiated else attend).lower(x, x, x, mask).compile()
-    return program.memory_analysis().temp_size_in_bytes
+    memory: Any = program.memory_analysis()
+    return memory.temp_size_in_bytes
 
 
 @pytest.mark.parametrize("differentiated", [False, True], ids=["forward", "gradient"])

@@ -327,7 +327,7 @@ def _attention(call: Call, at_start: bool, sinks: Any, block: tuple[int, int] | 
     queries, tile = min(queries, query_length), min(128 if keys is None or keys % 128 == 0 else keys, key_length)
     states, mask, first = states_of(call, 0 if at_start else call.offset, (queries, tile))
     many = states.shape[2] > 1
-    keys = min(width(states, tile) if keys is None else keys, key_length // tile * tile)
+    keys = min(strip_width(states, tile) if keys is None else keys, key_length // tile * tile)
     strips = cover(states, tile, keys, key_length)
     # On a CPU, the scores of one example at a time stay in the cache.
     apart = states.shape[0] > 1 or (many and jax.default_backend() == "cpu")
