@@ -53,7 +53,8 @@ def test_gradient_of_jit_with_a_predicate_that_closes_over_a_traced_array(attend
         mask = Predicate(lambda b, h, q, kv: (table[kv] > 0) | (kv == q))
         return (attend(**arrays, mask=mask) * cotangent).sum()
 
-    of_arrays, of_table = jax.grad(loss, argnums=(0, 1))(arrays, table)
+    gradients: tuple[Arrays, jax.Array] = jax.grad(loss, argnums=(0, 1))(arrays, table)
+    of_arrays, of_table = gradients
     allowed = (np.asarray(table) > 0) | np.eye(LENGTH, dtype=bool)
     assert_close(of_arrays, defined(allowed, cotangent, **arrays), TOLERANCE)
     assert not of_table.any()
@@ -153,7 +154,7 @@ def test_a_program_with_its_gradient_is_exported_for_every_platform(attend: Atte
         return with_gradients(lambda arrays: attend(**arrays, mask=SlidingWindow(7), offset=offset), arrays, cotangent)
 
     exported = jax.export.export(program, platforms=["cpu", "cuda", "tpu"])(arrays, jnp.asarray(0))
-    found = exported.call(arrays, jnp.asarray(0))
+    found: Any = exported.call(arrays, jnp.asarray(0))
     assert_close(found, expected_of(SlidingWindow(7), arrays, cotangent), TOLERANCE)
 
 
@@ -205,7 +206,8 @@ def temporary_bytes(length: int, mask: Mask, differentiated: bool) -> int:
         return pull(out)
 
     program = jax.jit(gradients if differentiated else attend).lower(x, x, x, mask).compile()
-    return program.memory_analysis().temp_size_in_bytes
+    used: Any = program.memory_analysis()
+    return used.temp_size_in_bytes
 
 
 @pytest.mark.parametrize("differentiated", [False, True], ids=["forward", "gradient"])
