@@ -53,7 +53,8 @@ def test_gradient_of_jit_with_a_predicate_that_closes_over_a_traced_array(attend
         mask = Predicate(lambda b, h, q, kv: (table[kv] > 0) | (kv == q))
         return (attend(**arrays, mask=mask) * cotangent).sum()
 
-    of_arrays, of_table = jax.grad(loss, argnums=(0, 1))(arrays, table)
+    gradients: tuple[Arrays, jax.Array] = jax.grad(loss, argnums=(0, 1))(arrays, table)
+    of_arrays, of_table = gradients
     allowed = (np.asarray(table) > 0) | np.eye(LENGTH, dtype=bool)
     assert_close(of_arrays, defined(allowed, cotangent, **arrays), TOLERANCE)
     assert not of_table.any()

@@ -211,12 +211,14 @@ def _backward(program: _Program, residuals: Any, cotangents: Any) -> Any:
             weights = jnp.exp(s - row_lse[..., None])
             dweights = _multiply(f"bngqd,{program.value}->bngqk", drows, v)
             ds, dpart, dpart_floats = pull(weights * (dweights - row_delta[..., None]))
-            ds = (ds * program.after).astype(query.dtype)
+            ds = ds * program.after
             if bias is not None:
                 dbias = program.add("bhqk", dbias, dpart, there)
             dfloats = {**dfloats, must_decide: jax.tree.map(jnp.add, dfloats[must_decide], dpart_floats)}
-            dq = dq + _multiply(f"bngqk,{program.key}->bngqd", ds, k)
-            dk = program.add(program.key, dk, _multiply(f"bngqk,bngqd->{program.key}", ds, rows), there)
+            dq = dq + _multiply(f"bngqk,{program.key}->bngqd", ds, k.astype(ds.dtype))
+            dk = program.add(
+                program.key, dk, _multiply(f"bngqk,bngqd->{program.key}", ds, rows.astype(ds.dtype)), there
+            )
             weights = weights.astype(dout.dtype)
             dv = program.add(program.value, dv, _multiply(f"bngqk,bngqd->{program.value}", weights, drows), there)
             return dq, dk, dv, dbias, dfloats
