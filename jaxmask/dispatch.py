@@ -11,8 +11,8 @@ from jaxtyping import Array, Float
 from jaxmask import checks
 from jaxmask.kernels import blocked, fused, xla
 from jaxmask.kernels.call import Bias, Call, checked_call
+from jaxmask.kernels.strips import strips_of
 from jaxmask.mask import KeyPositions, Mask, Offset
-from jaxmask.tiles import EMPTY
 
 Implementation = Literal["cudnn", "tokamax", "splash", "xla", "blocked"]
 
@@ -50,7 +50,7 @@ def attention(
     """Scaled dot-product attention, of every query to the keys that the mask lets it attend to.
 
     ``softmax(cap(scale * query @ key) + bias) @ value``, computed in at least float32. A query that may attend to
-    nothing gives zeros, and zero gradients. Differentiable in query, key, value and bias, once.
+    nothing gives zeros, and zero gradients. Differentiable in query, key, value and bias, once and in reverse mode.
 
     Args:
         query: ``[batch, q, heads, dim]``, in float16, bfloat16, float32 or float64.
@@ -60,7 +60,8 @@ def attention(
         mask: which keys a query attends to; ``None`` for all.
         bias: added to the scores: an array that broadcasts to ``[batch, heads, q, kv]``, or a function
             ``bias(b, h, q, kv)`` of index arrays, as :meth:`Mask.allows` gets them, which returns such an array: ALiBi
-            needs none of ``[q, kv]``. The function may close over arrays, and they get gradients.
+            needs none of ``[q, kv]``. The function may close over arrays, and they get gradients; outside of a ``jit``
+            it then compiles at each call, unless it is ``jax.tree_util.Partial(function, *arrays)``.
         scale: of the scores, a Python float; ``None`` for ``dim ** -0.5``.
         offset: position of the first query, as in :meth:`Mask.dense`. Another value never recompiles.
         key_positions: the position of each key, as in :meth:`Mask.dense`: for a cache that is a ring buffer.
@@ -121,10 +122,11 @@ class Explanation:
         reason: why, in words.
         lacks: for each other implementation, what it lacks to do the same.
         sparsity: the fraction of tiles of 128 queries and keys that are EMPTY; ``None`` where the mask is traced.
-        flops: of the two matrix products, in the tiles that are not EMPTY if it skips the others; ``None`` if unknown.
+        flops: of the two matrix products, in the strips of keys that ``"blocked"`` reads, or of all scores where it is
+            ``"xla"``; ``None`` if unknown.
         dense_flops: of the two matrix products with all scores.
-        bytes: read and written: query and output once, and for each tile of queries the keys and values of its tiles;
-            with all scores besides, written and read, where it writes them out.
+        bytes: read and written: query and output once, and for each tile of queries the keys and values of its strips;
+            with all scores besides, written and read, where it is ``"xla"``.
         dense_bytes: the same with all scores written out.
     """
 
@@ -140,11 +142,12 @@ class Explanation:
     def __repr__(self) -> str:
         lines = [f"{self.implementation}: {self.reason}"]
         lines += [f"  not {name}: {'; '.join(lacks)}" for name, lacks in self.lacks.items() if lacks]
-        if self.sparsity is None or self.flops is None or self.bytes is None:
+        if self.sparsity is None:
             lines.append("  how many tiles are empty is known only when the program runs, for the mask is traced")
         else:
+            lines.append(f"  {self.sparsity:.1%} of the tiles are empty")
+        if self.flops is not None and self.bytes is not None:
             lines += [
-                f"  {self.sparsity:.1%} of the tiles are empty",
                 f"  {self.flops:,} FLOPs, {self.flops / self.dense_flops:.1%} of those with all scores",
                 f"  {self.bytes:,} bytes, {self.bytes / self.dense_bytes:.1%} of those with all scores",
             ]
@@ -184,13 +187,16 @@ def explain(
       not cudnn: it is made for GPU; it takes float16 and bfloat16, not float32
       not tokamax: it is made for GPU and TPU
       not splash: it is made for TPU
+      not xla: it writes out all scores
       92.4% of the tiles are empty
-      10,401,873,920 FLOPs, 7.6% of those with all scores
-      196,083,712 bytes, 4.5% of those with all scores
+      12,884,901,888 FLOPs, 9.4% of those with all scores
+      134,217,728 bytes, 3.1% of those with all scores
     """
     call = checked_call(query, key, value, mask, bias, scale, offset, key_positions, logits_soft_cap)
     chosen, reason = _choose(call, implementation)
     lacks = {name: _unfit(name, call) for name in _LACKS if name != chosen}
+    slow = {"xla": "it writes out all scores", "blocked": "there are too few scores to cut into tiles"}
+    lacks |= {name: [why] for name, why in slow.items() if chosen in slow and name != chosen}
     (batch, query_length, heads, dim), (_, key_length, kv_heads, dim_v) = call.query.shape, call.value.shape
     itemsize = call.query.dtype.itemsize
     ends = batch * query_length * heads * (dim + dim_v) * itemsize
@@ -198,15 +204,12 @@ def explain(
     dense_bytes = ends + batch * key_length * kv_heads * (dim + dim_v) * itemsize + 2 * 4 * dense_pairs
     sparsity = pairs = moved = None
     if not any(map(checks.is_traced, jax.tree.leaves((call.mask, offset, key_positions)))):
-        tiles = call.mask.tiles(query_length, key_length, offset=offset, key_positions=key_positions)
-        states = np.asarray(tiles.states)
-        sparsity = float(tiles.sparsity)
-        queries = np.minimum(128, query_length - 128 * np.arange(states.shape[2]))
-        keys = np.minimum(128, key_length - 128 * np.arange(states.shape[3]))
-        each = batch * heads // (states.shape[0] * states.shape[1])
-        there = states != EMPTY
-        pairs = each * int((there * queries[:, None] * keys).sum())
-        moved = ends + each * int((there * keys).sum()) * (dim + dim_v) * itemsize // (heads // kv_heads)
+        sparsity = float(call.mask.tiles(query_length, key_length, offset=offset, key_positions=key_positions).sparsity)
+        strips, queries, keys = strips_of(call)
+        each = batch * heads // (strips.count.shape[0] * strips.count.shape[1])
+        read = each * keys * int(strips.count.sum())
+        pairs = read * queries
+        moved = ends + read * (dim + dim_v) * itemsize // (heads // kv_heads)
     if chosen == "xla":
         pairs, moved = dense_pairs, dense_bytes
     each_pair = 2 * (dim + dim_v)

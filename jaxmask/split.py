@@ -62,8 +62,9 @@ def split(mask: Mask, query_length: int, key_length: int, offset: Offset | None)
                 windows.append((left, right))
             case _:
                 left_over.append(part)
-    left = min((left for left, _ in windows if left is not None), default=None)
-    right = min((right for _, right in windows if right is not None), default=None)
+    # No more than there are, so that no sum of positions overflows.
+    left = min((min(left, query_length) for left, _ in windows if left is not None), default=None)
+    right = min((min(right, key_length) for _, right in windows if right is not None), default=None)
     window = query_length if left is None else left, key_length if right is None else right
     return Split(
         query_length,

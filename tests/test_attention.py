@@ -194,8 +194,8 @@ def test_half_precision_is_no_worse_than_that_of_jax_nn(attend: Attend, dtype: A
 # Kernels of others, where they take the call.
 
 
-def by_jax_nn(query: Any, key: Any, value: Any, mask: Mask) -> Any:
-    return fused.by_jax_nn(checked_call(query, key, value, mask, None, None, None, None, None), "xla")
+def by_jax_nn(query: Any, key: Any, value: Any, mask: Mask, offset: Any = None) -> Any:
+    return fused.by_jax_nn(checked_call(query, key, value, mask, None, None, offset, None, None), "xla")
 
 
 THEIRS: dict[str, Attend] = {
@@ -228,6 +228,14 @@ def test_arguments_of_others_say_the_mask(attend: Attend, mask: Mask) -> None:
     arrays, cotangent = arrays_of(KEYS, KEYS, dim_v=DIM)
     expected = defined(np.asarray(mask.dense(KEYS, KEYS)), cotangent, **arrays)
     assert_close(called(attend, arrays, cotangent, mask=mask), expected, TOLERANCE["float32"])
+
+
+@pytest.mark.parametrize("attend", [THEIRS["tokamax"], by_jax_nn], ids=["tokamax", "jax.nn"])
+def test_arguments_of_others_say_the_mask_of_fewer_queries_from_the_first_key_on(attend: Attend) -> None:
+    arrays, cotangent = arrays_of(QUERIES, KEYS, dim_v=DIM)
+    expected = defined(np.asarray(Causal().dense(QUERIES, KEYS, offset=0)), cotangent, **arrays)
+    found = called(attend, arrays, cotangent, mask=Causal(), offset=0)
+    assert_close(found, expected, TOLERANCE["float32"])
 
 
 # Soft cap, bias, sinks.
@@ -306,6 +314,34 @@ def test_a_bias_of_positions_is_read_at_the_positions_of_keys(attend: Attend) ->
     expected, scales = defined(written_out(Causal())[..., ring], cotangent, **arrays, bias=written)
     found = called(attend, arrays, cotangent, mask=Causal(), bias=bias, offset=jnp.asarray(OFFSET), key_positions=ring)
     assert_close(found, (expected, scales), TOLERANCE["float32"])
+
+
+def test_a_bias_of_a_method_is_that_of_the_arrays_of_today() -> None:
+    class Slope:
+        slope = jnp.float32(0.5)
+
+        def __call__(self, b: Any, h: Any, q: Any, kv: Any) -> Any:
+            return self.slope * (kv - q)
+
+    arrays, _ = arrays_of()
+    bias = Slope()
+    first = by_blocks(**arrays, mask=Causal(), offset=OFFSET, bias=bias)
+    bias.slope = jnp.float32(0.25)
+    second = by_blocks(**arrays, mask=Causal(), offset=OFFSET, bias=bias)
+    fresh = by_blocks(**arrays, mask=Causal(), offset=OFFSET, bias=lambda b, h, q, kv: jnp.float32(0.25) * (kv - q))
+    assert not np.array_equal(first, second)
+    np.testing.assert_array_equal(second, fresh)
+
+
+def test_a_wider_bias_does_not_change_the_dtype_of_the_sums() -> None:
+    arrays, _ = arrays_of()
+    with jax.enable_x64(True):
+        bias = jnp.asarray(np.random.default_rng(0).standard_normal((QUERIES, KEYS)))
+        assert bias.dtype == np.float64
+        found = by_blocks(**arrays, mask=Causal(), offset=OFFSET, bias=bias)
+        expected = by_xla(**arrays, mask=Causal(), offset=OFFSET, bias=bias)
+    assert found.dtype == np.float32
+    np.testing.assert_allclose(found, expected, atol=1e-6)
 
 
 @ours

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jaxmask import Causal, Full, Mask, Padding, SlidingWindow, make_attention_fn
+from jaxmask import Causal, Dense, Full, Mask, Padding, SlidingWindow, attention, make_attention_fn
 
 LENGTH, HEADS, FEATURES = 12, 2, 8
 VALID = jnp.asarray(np.arange(LENGTH) >= np.array([[0], [4]]))
@@ -211,3 +211,18 @@ def test_decoding_without_positions_attends_to_the_keys_that_are_there() -> None
     layer = linen.MultiHeadDotProductAttention(num_heads=HEADS, attention_fn=make_attention_fn(), decode=True)
     found, expected = (each.apply(variables, X[:, :1], mutable=["cache"])[0] for each in (layer, plain))
     same(found, expected)
+
+
+def test_the_mask_of_the_call_has_a_row_for_each_query_wherever_they_are() -> None:
+    query, key = some(1, 4, 2, 8), some(1, 12, 2, 8)
+    given = jnp.asarray(np.random.default_rng(1).random((1, 1, 4, 12)) < 0.7)
+    attend = make_attention_fn(Causal(), offset=jnp.int32(8))
+    expected = attention(query, key, key, Causal() & Dense(given, offset=8), offset=8)
+    np.testing.assert_array_equal(attend(query, key, key, mask=given), expected)
+
+
+def test_the_mask_of_the_call_cannot_be_aligned_with_an_offset_for_each_example() -> None:
+    query, key = jnp.ones((2, 4, 2, 8)), jnp.ones((2, 12, 2, 8))
+    attend = make_attention_fn(Causal(), offset=jnp.array([8, 3]))
+    with pytest.raises(ValueError, match="offset for each example"):
+        attend(query, key, key, mask=jnp.ones((2, 1, 4, 12), bool))

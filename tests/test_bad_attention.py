@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import jaxmask
-from jaxmask import Causal, Mask, Padding, PerHead
+from jaxmask import Causal, Mask, Padding, PerHead, SlidingWindow
 from jaxmask.kernels import blocked
 from tests.bad import bad, refusals
 
@@ -214,6 +214,15 @@ IMPLEMENTATIONS = [
 
 BLOCKS = [
     bad("block-zero", lambda: blocked.attention(Q, K, K, Causal(), block=(0, 4)), VALUE, "block"),
+    bad(
+        "tokamax-window",
+        lambda: jaxmask.attention(Q, K, K, SlidingWindow(3), offset=0, implementation="tokamax"),
+        VALUE,
+        "implementation='tokamax'",
+        "as many queries as keys",
+    ),
+    bad("block-negative", lambda: blocked.attention(Q, K, K, Causal(), block=(4, -128)), VALUE, "block"),
+    bad("block-no-keys", lambda: blocked.attention(Q, K, K, Causal(), block=(4, 0)), VALUE, "block"),
     bad("block-float", lambda: blocked.attention(Q, K, K, Causal(), block=(2.0, 4)), TYPE, "block"),  # pyright: ignore[reportArgumentType]
     bad("sinks-shape", lambda: blocked.attention(Q, K, K, Causal(), sinks=zeros(3)), VALUE, "sinks", "4"),
     bad("sinks-integers", lambda: blocked.attention(Q, K, K, Causal(), sinks=zeros(4, dtype=int)), TYPE, "sinks"),

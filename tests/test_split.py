@@ -107,3 +107,9 @@ def test_what_the_arguments_cannot_say_is_left_over(left_over: Mask) -> None:
 def test_a_mask_of_positions_is_left_over_where_queries_begin_at_an_offset(mask: Mask) -> None:
     assert mask.split(4, 8, offset=4).residual is mask
     assert mask.split(4, 8, offset=jnp.asarray(0)).residual is mask
+
+
+def test_a_window_as_wide_as_positions_go_does_not_overflow() -> None:
+    split = Window(0, 2**31 - 1).split(4, 6, offset=0)
+    assert split.has_keys().all()
+    assert split.local_window_size == (0, 6)

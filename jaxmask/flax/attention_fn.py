@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, DTypeLike
 
 from jaxmask import checks, indices
@@ -89,7 +90,7 @@ def make_attention_fn(
         if is_causal:
             joined = joined & Causal()
         if mask is not None:
-            joined = joined & Dense(_flat(mask, batch).astype(bool))
+            joined = joined & _of_queries_at_hand(_flat(mask, batch).astype(bool), offset)
         out = attention(
             query,
             key,
@@ -105,8 +106,20 @@ def make_attention_fn(
     return attention_fn
 
 
+def _of_queries_at_hand(mask: Any, offset: Offset | None) -> Mask:
+    """A mask with a row for each query of the call, wherever the first of them is."""
+    if mask.shape[2] == 1 or offset is None:
+        return Dense(mask)
+    if np.ndim(offset):
+        raise ValueError(
+            "mask has a row for each query, and cannot be aligned with an offset for each example: put it into the "
+            "description"
+        )
+    return Dense(mask, offset=offset)
+
+
 def _flat(array: Any, batch: tuple[int, ...]) -> Any:
     """``[*batch, heads, q, kv]`` with one axis for the batch."""
-    if array.ndim <= 4 and len(batch) == 1:
+    if array.ndim < 3 or (array.ndim <= 4 and len(batch) == 1):
         return indices.as_4d(array)
     return jnp.broadcast_to(array, (*batch, *array.shape[-3:])).reshape(-1, *array.shape[-3:])

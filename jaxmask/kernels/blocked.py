@@ -7,7 +7,7 @@ weights again from the log-sum-exp (https://arxiv.org/abs/2205.14135), so that m
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -22,7 +22,7 @@ from jaxmask import checks, indices
 from jaxmask.indices import iota
 from jaxmask.kernels import scores
 from jaxmask.kernels.call import Bias, Call, checked_call
-from jaxmask.kernels.strips import Strips, cover, states_of, strip_width
+from jaxmask.kernels.strips import Strips, strips_of
 from jaxmask.mask import KeyPositions, Mask, Offset
 
 
@@ -274,7 +274,7 @@ def attention(
     offset: Offset | None = None,
     key_positions: KeyPositions | None = None,
     logits_soft_cap: float | None = None,
-    block: tuple[int, int] | None = None,
+    block: int | tuple[int, int] | None = None,
     return_residual: bool = False,
 ) -> Any:
     """Attention in time O(tiles that are not EMPTY) and memory O(length), with gradients.
@@ -283,15 +283,16 @@ def attention(
         query, key, value, mask, bias, scale, offset, key_positions, logits_soft_cap: as in :func:`jaxmask.attention`.
         sinks: a logit for each head that takes part in softmax beside those of the keys, and has no value: the
             attention sinks of gpt-oss (``modeling_gpt_oss.eager_attention_forward`` in Transformers).
-        block: how many queries are in a tile, and how many keys in a strip; static. The default is 256 queries, few
-            enough that a narrow window wastes little, and all the keys that they may attend to where that is known to
-            be at most 1,280, else 512 at a time.
+        block: how many queries are in a tile, and how many keys in a strip, or one number for both; static. The default
+            is 256 queries, few enough that a narrow window wastes little, and all the keys that they may attend to
+            where that is known to be at most 1,280, else 512 at a time.
         return_residual: whether to return the log-sum-exp too, by which partial results over several sets of keys are
-            joined: ring attention, split keys. Differentiable as well.
+            joined: ring attention, split keys. Differentiable as well. Sinks belong to one of the parts only.
 
     Returns:
         ``[batch, q, heads, dim_v]`` in the dtype of the values. With ``return_residual`` also float32 (or float64)
-        ``[batch, q, heads]``, ``-inf`` for a query that attends to nothing, as ``jax.nn.dot_product_attention`` has it.
+        ``[batch, q, heads]``, the layout of ``jax.nn.dot_product_attention``; of a query that attends to nothing, and
+        without sinks, it is ``-inf``.
 
     >>> from jaxmask import Causal
     >>> x = jnp.ones((1, 4, 2, 8))
@@ -304,36 +305,27 @@ def attention(
         raise ValueError(
             f"sinks must have one logit for each of the {query.shape[2]} heads, got {checks.describe(sinks)}"
         )
-    out, lse = _attention(*_static_start(call), sinks, block)
+    out, lse = _attention(call, sinks, None if block is None else checks.block(block))
     return (out, lse) if return_residual else out
 
 
 def attend(call: Call) -> Any:
     """The output alone, of a call that is checked."""
-    return _attention(*_static_start(call), None, None)[0]
+    return _attention(call, None, None)[0]
 
 
-def _static_start(call: Call) -> tuple[Call, bool]:
-    """A call, and whether it starts at position 0: static then, so that static tiles are found at trace time."""
-    at_start = call.offset is None or (isinstance(call.offset, int) and call.offset == 0)
-    return (replace(call, offset=None), True) if at_start else (call, False)
-
-
-@partial(jax.jit, static_argnames=("at_start", "block"))
-def _attention(call: Call, at_start: bool, sinks: Any, block: tuple[int, int] | None) -> Any:
+@partial(jax.jit, static_argnames="block")
+def _attention(call: Call, sinks: Any, block: tuple[int, int] | None) -> Any:
     call, sinks = _vary_alike((call, sinks))
     query, key, value, bias = call.query, call.key, call.value, call.bias
-    (batch, query_length, heads, _), (_, key_length, kv_heads, _) = query.shape, key.shape
+    (batch, query_length, heads, _), kv_heads = query.shape, key.shape[2]
     group = heads // kv_heads
-    queries, keys = block or (256, None)
-    queries, tile = min(queries, query_length), min(128 if keys is None or keys % 128 == 0 else keys, key_length)
-    states, mask, first = states_of(call, 0 if at_start else call.offset, (queries, tile))
-    many = states.shape[2] > 1
-    keys = min(strip_width(states, tile) if keys is None else keys, key_length // tile * tile)
-    strips = cover(states, tile, keys, key_length)
+    strips, queries, keys = strips_of(call, block)
+    mask, first = call.read()
+    many = strips.count.shape[2] > 1
     # On a CPU, the scores of one example at a time stay in the cache.
-    apart = states.shape[0] > 1 or (many and jax.default_backend() == "cpu")
-    lists = batch if apart else 1, states.shape[1]
+    apart = strips.count.shape[0] > 1 or (query_length > 1 and call.platform == "cpu")
+    lists = batch if apart else 1, strips.count.shape[1]
     strips = Strips(*(jnp.broadcast_to(x, (*lists, *x.shape[2:])) for x in strips))
     examples, kv_heads_each = batch // lists[0], kv_heads // lists[1]
 
@@ -351,7 +343,7 @@ def _attention(call: Call, at_start: bool, sinks: Any, block: tuple[int, int] | 
             allowed = mask.allows(b, h, q, kv)
             if strips.first.shape[-1] > 1:
                 allowed = allowed & (kv >= first_key)  # the last strip may overlap with the one before
-        return scores.finish(products, call.logits_soft_cap, part, allowed)
+        return scores.finish(products, call.logits_soft_cap, part, allowed).astype(products.dtype)
 
     shape = examples, kv_heads_each * group, queries, keys
     products = jnp.zeros_like(query, jnp.promote_types(query.dtype, jnp.float32), shape)

@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
@@ -22,7 +23,7 @@ Bias = Float[Array | np.ndarray, "..."] | Callable[[Index, Index, Index, Index],
 @partial(
     jax.tree_util.register_dataclass,
     data_fields=("query", "key", "value", "mask", "bias", "offset", "key_positions"),
-    meta_fields=("scale", "logits_soft_cap"),
+    meta_fields=("at_start", "scale", "logits_soft_cap"),
 )
 @dataclass(frozen=True, eq=False)
 class Call:
@@ -33,20 +34,27 @@ class Call:
     value: Any
     mask: Mask
     bias: Bias | None
-    offset: Offset | None
+    offset: Offset | None  # unless it is at_start
     key_positions: KeyPositions | None
+    # Whether the first query is at position 0: static, so that the tiles of a static mask are found at trace time.
+    at_start: bool
     scale: float
     logits_soft_cap: float | None
 
     def read(self) -> tuple[Mask, Offset]:
         """The mask of the indices of keys, and the position of the first query."""
         lengths = self.query.shape[1], self.key.shape[1]
-        mask, _, _, offset = checked(self.mask, *lengths, self.offset, self.key_positions)
+        mask, _, _, offset = checked(self.mask, *lengths, self.position, self.key_positions)
         return mask, offset
 
     def split(self) -> Split:
         """What of the mask a kernel can take in its own arguments."""
-        return self.mask.split(self.query.shape[1], self.key.shape[1], offset=self.offset)
+        return self.mask.split(self.query.shape[1], self.key.shape[1], offset=self.position)
+
+    @property
+    def position(self) -> Offset:
+        """The position of the first query."""
+        return 0 if self.offset is None else self.offset
 
     @property
     def platform(self) -> str:
@@ -114,19 +122,28 @@ def checked_call(
                 f"{checks.describe(bias)}"
             )
         bias = indices.as_4d(bias)
-    call = Call(
+    checked(mask, query_length, key_length, offset, key_positions)
+    at_start = offset is None or (isinstance(offset, int) and offset == 0)
+    return Call(
         query=query,
         key=key,
         value=value,
         mask=mask,
-        bias=jax.tree_util.Partial(bias) if callable(bias) else bias,
-        offset=offset,
+        bias=_as_pytree(bias) if callable(bias) else bias,
+        offset=None if at_start else offset,
         key_positions=key_positions,
+        at_start=at_start,
         scale=factor,
         logits_soft_cap=logits_soft_cap,
     )
-    call.read()
-    return call
+
+
+def _as_pytree(bias: Callable[..., Any]) -> jax.tree_util.Partial:
+    """A function as a pytree. Those that close over arrays are never the same twice, for their arrays may not be."""
+    if isinstance(bias, jax.tree_util.Partial):
+        return bias
+    closes_over = jax.make_jaxpr(bias)(*[jnp.zeros((1, 1, 1, 1), jnp.int32)] * 4).consts
+    return jax.tree_util.Partial((lambda *at: bias(*at)) if closes_over else bias)
 
 
 def _finite(name: str, value: Any) -> float:

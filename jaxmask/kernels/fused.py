@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxmask.kernels.call import Call
 from jaxmask.mask import Full
@@ -20,12 +21,15 @@ def cudnn_lacks(call: Call) -> list[str]:
     half = call.query.dtype in (jnp.float16, jnp.bfloat16)
     window = call.split().local_window_size
     limits = {
-        "it needs an NVIDIA GPU": call.platform != "gpu",
+        "it needs an NVIDIA GPU": call.platform != "gpu" or "rocm" in jax.devices()[0].client.platform_version,
         f"it takes float16 and bfloat16, not {call.query.dtype}": not half,
         f"the dim must be a multiple of 8 up to 128, not {dim}": dim % 8 or dim > 128,
         f"the dim of the values must be that of the keys, not {dim_v} and {dim}": dim != dim_v,
         "it has no logits_soft_cap": call.logits_soft_cap is not None,
         "a window must end at the query": window is not None and window[1] != 0,
+        "with a bias, the lengths must be even": (
+            call.bias is not None and (call.query.shape[1] % 2 or call.key.shape[1] % 2)
+        ),
     }
     return [limit for limit, holds in limits.items() if holds] + _not_native(call)
 
@@ -40,8 +44,17 @@ def tokamax_lacks(call: Call) -> list[str]:
     limits = {
         'tokamax is not installed: pip install "jaxmask[tokamax]"': find_spec("tokamax") is None,
         "it caps the scores after the bias, not before": call.logits_soft_cap is not None and call.bias is not None,
+        "its windows need as many queries as keys": (
+            call.split().local_window_size is not None and call.query.shape[1] != call.key.shape[1]
+        ),
     }
-    return [limit for limit, holds in limits.items() if holds] + _not_native(call)
+    lacks = [limit for limit, holds in limits.items() if holds] + _not_native(call)
+    if not lacks:
+        try:
+            jax.eval_shape(tokamax, call)
+        except (NotImplementedError, ExceptionGroup) as error:
+            lacks.append(str(error).partition("\n")[0])
+    return lacks
 
 
 @jax.jit
@@ -53,7 +66,10 @@ def tokamax(call: Call) -> Any:
     # Else tokamax parses the arguments of the program for its own flags, and fails on those it does not know.
     if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()
-    return _native(call, partial(dot_product_attention, logits_soft_cap=call.logits_soft_cap))
+    # On an accelerator, its kernels alone: it would fall back to one that writes all scores out.
+    kernels = None if call.platform == "cpu" else ("mosaic", "triton") if call.platform == "gpu" else ("mosaic",)
+    how = partial(dot_product_attention, logits_soft_cap=call.logits_soft_cap, implementation=kernels)
+    return _native(call, how)
 
 
 @partial(jax.jit, static_argnames="implementation")
@@ -89,7 +105,7 @@ def splash(call: Call) -> Any:
             call.mask,
             call.query.shape[1],
             call.key.shape[1],
-            offset=call.offset,
+            offset=call.position,
             attn_logits_soft_cap=call.logits_soft_cap,
             interpret=interpret,
         )
@@ -111,16 +127,24 @@ def _not_native(call: Call) -> list[str]:
 
 def _native(call: Call, attend: Any) -> Any:
     split = call.split()
+    if not isinstance(split.residual, Full):
+        raise AssertionError(f"left over: {split.residual!r}")
+    bias: Any = call.bias
     lengths = split.key_value_seq_lengths
+    if bias is not None:
+        pairs = call.query.shape[1], call.key.shape[1]
+        bias = jnp.broadcast_to(jnp.asarray(bias, call.query.dtype), (*np.shape(bias)[:2], *pairs))
+    if lengths is not None:
+        # At least one key, for without any these give the mean of the values, or NaN.
+        lengths = jnp.broadcast_to(jnp.maximum(lengths, 1), call.query.shape[:1])
     out = attend(
         call.query,
         call.key,
         call.value,
-        bias=None if call.bias is None else jnp.asarray(call.bias, call.query.dtype),
+        bias=bias,
         scale=call.scale,
         is_causal=split.is_causal,
         local_window_size=split.local_window_size,
-        key_value_seq_lengths=None if lengths is None else jnp.broadcast_to(lengths, call.query.shape[:1]),
+        key_value_seq_lengths=lengths,
     )
-    # Without keys, these give the mean of the values, or NaN.
     return jnp.where(split.has_keys()[..., None, None], out, 0)

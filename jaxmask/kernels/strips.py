@@ -11,7 +11,6 @@ from jax import lax
 
 from jaxmask import indices
 from jaxmask.kernels.call import Call
-from jaxmask.mask import Mask
 from jaxmask.tiles import EMPTY, FULL
 
 
@@ -32,7 +31,7 @@ class Strips(NamedTuple):
 def cover(states: Any, tile: int, width: int, key_length: int) -> Strips:
     """Cover the tiles of ``tile`` keys that are not EMPTY, ``[…, q_tiles, kv_tiles]``, by strips of ``width`` keys."""
     library = indices.library(states)
-    kv_tiles, span = states.shape[-1], width // tile
+    kv_tiles, span = states.shape[-1], -(-width // tile)
     end = library.zeros_like(states, dtype=np.int32, shape=(*states.shape[:-1], 1))
     # From each tile on, the next that is not EMPTY; and before each tile, how many are not FULL.
     following = library.where(states == EMPTY, kv_tiles, np.arange(kv_tiles, dtype=np.int32))
@@ -63,16 +62,29 @@ def cover(states: Any, tile: int, width: int, key_length: int) -> Strips:
     return Strips(first.astype(np.int32), (there & ~full).sum(-1, dtype=np.int32), there.sum(-1, dtype=np.int32))
 
 
-def states_of(call: Call, offset: Any, block: tuple[int, int]) -> tuple[Any, Mask, Any]:
-    """The states of the tiles, ``[batch|1, kv_heads|1, q_tiles, kv_tiles]``, and the mask and offset to decide them."""
+def strips_of(call: Call, block: tuple[int, int] | None = None) -> tuple[Strips, int, int]:
+    """The strips for a call, the number of queries in a tile, and that of keys in a strip.
+
+    The default is 256 queries, and strips by :func:`_width`.
+    """
+    (_, query_length, _, _), (_, key_length, _, _) = call.query.shape, call.key.shape
+    queries, keys = block or (256, None)
+    queries, tile = min(queries, query_length), min(128 if keys is None or keys % 128 == 0 else keys, key_length)
+    states = _states(call, (queries, tile))
+    keys = min(_width(states, tile) if keys is None else keys, key_length)
+    return cover(states, tile, keys, key_length), queries, keys
+
+
+def _states(call: Call, block: tuple[int, int]) -> Any:
+    """The states of the tiles, ``[batch|1, kv_heads|1, q_tiles, kv_tiles]``."""
     (_, query_length, _, _), (_, key_length, kv_heads, _) = call.query.shape, call.key.shape
-    tiles = call.mask.tiles(query_length, key_length, block=block, offset=offset, key_positions=call.key_positions)
-    states = tiles.states
+    where: Any = {"offset": call.position, "key_positions": call.key_positions}
+    states = call.mask.tiles(query_length, key_length, block=block, **where).states
     if states.shape[1] > 1:
         states = _union(states.reshape(states.shape[0], kv_heads, -1, *states.shape[2:]), 2)
-    if states.shape[2] == 1:  # a step of decoding, best done for all examples at once
+    if query_length == 1:  # a step of decoding, best done for all examples at once
         states = _union(states, (0, 1))[None, None]
-    return states, tiles.mask, tiles.offset
+    return states
 
 
 def _union(states: Any, axis: int | tuple[int, ...]) -> Any:
@@ -81,7 +93,7 @@ def _union(states: Any, axis: int | tuple[int, ...]) -> Any:
     return some.astype(np.int8) + every.astype(np.int8)
 
 
-def strip_width(states: Any, tile: int) -> int:
+def _width(states: Any, tile: int) -> int:
     """How many keys are in a strip: one strip for each tile of queries, if that is known to be short enough."""
     most = 512 // tile
     if indices.is_static(states):
