@@ -192,13 +192,12 @@ def throughput() -> dict[str, float]:
 
 def decode() -> tuple[float, float]:
     """A step with 8 rows and a cache of 8,192 keys: all of them live, and jax.nn, against 512 live ones."""
-    query, key, value = arrays(8, 1, 8192, 3)
-    inputs = query, key, value
-    step = jax.jit(lambda inputs, offset: jaxmask.attention(*inputs, Causal(), offset=offset))
-    peer = jax.jit(lambda inputs, lengths: jax_nn(key_value_seq_lengths=lengths)(*inputs))
+    inputs = arrays(8, 1, 8192, 3)
+    step = jax.jit(lambda query, key, value, offset: jaxmask.attention(query, key, value, Causal(), offset=offset))
+    peer = jax.jit(lambda query, key, value, lengths: jax_nn(key_value_seq_lengths=lengths)(query, key, value))
     runs = (
-        *(partial(step, inputs, jnp.int32(position)) for position in (511, 8191)),
-        partial(peer, inputs, jnp.full(8, 512, jnp.int32)),
+        *(partial(step, *inputs, jnp.int32(position)) for position in (511, 8191)),
+        partial(peer, *inputs, jnp.full(8, 512, jnp.int32)),
     )
     np.testing.assert_allclose(runs[0](), runs[2](), atol=1e-5)
     live, full, theirs = compare(*runs)
