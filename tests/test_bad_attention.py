@@ -216,7 +216,9 @@ BLOCKS = [
     bad("block-zero", lambda: blocked.attention(Q, K, K, Causal(), block=(0, 4)), VALUE, "block"),
     bad(
         "tokamax-window",
-        lambda: jaxmask.attention(Q, K, K, SlidingWindow(3), offset=0, implementation="tokamax"),
+        lambda: jaxmask.attention(
+            Q, zeros(2, 9, 2, 8), zeros(2, 9, 2, 8), SlidingWindow(3), offset=0, implementation="tokamax"
+        ),
         VALUE,
         "implementation='tokamax'",
         "as many queries as keys",
