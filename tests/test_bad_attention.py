@@ -19,6 +19,7 @@ def zeros(*shape: int, dtype: Any = jnp.float32) -> jax.Array:
 
 
 Q, K = zeros(2, 6, 4, 8), zeros(2, 6, 2, 8)
+LONGER = zeros(2, 9, 2, 8)
 HALF = {"query": Q.astype(jnp.float16), "key": K.astype(jnp.float16), "value": K.astype(jnp.float16)}
 
 
