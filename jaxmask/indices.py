@@ -76,7 +76,7 @@ def key_position(key_positions: Any, b: Index, kv: Index) -> Any:
     """The position of the key of an index: the index itself, unless positions ``[kv]`` or ``[batch, kv]`` are given."""
     if key_positions is None:
         return kv
-    return lookup(key_positions if key_positions.ndim == 2 else key_positions[None], b=b, kv=kv)
+    return lookup(as_rows(key_positions), b=b, kv=kv)
 
 
 def by_batch(value: Any) -> Any:
@@ -87,6 +87,11 @@ def by_batch(value: Any) -> Any:
 def inside(index: Index, size: int) -> Allowed:
     """Whether an index is one of an axis of ``size``."""
     return (index >= 0) & (index < size)
+
+
+def as_rows(array: Any) -> Any:
+    """``[length]`` for every example, or ``[batch, length]``, as the latter."""
+    return array if array.ndim == 2 else array[None]
 
 
 def as_4d(array: Any) -> Any:

@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Array, Bool, DTypeLike, Float, Int
 
 from jaxmask import bias, checks
-from jaxmask.indices import Allowed, Index, by_batch, iota, is_static, key_position
+from jaxmask.indices import Allowed, Index, as_rows, by_batch, iota, is_static, key_position
 from jaxmask.tiles import Bounds, Span, TileMap, from_bounds
 
 if TYPE_CHECKING:
@@ -457,7 +457,7 @@ class _AtKeys(Mask):
     @property
     def shape(self) -> tuple[int, int, int]:
         batch, heads, _ = self.mask.shape
-        rows, kv = _as_rows(self.key_positions).shape
+        rows, kv = as_rows(self.key_positions).shape
         return rows if batch == 1 else batch, heads, kv
 
     def check_lengths(self, query_length: int, key_length: int, offset: Offset | None) -> None:
@@ -524,7 +524,7 @@ def checked(
                 "offset is missing: key_positions says where the keys are, but not where the queries; say offset=<the "
                 "position of the first query>"
             )
-        batch, rows = mask.shape[0], _as_rows(key_positions).shape[0]
+        batch, rows = mask.shape[0], as_rows(key_positions).shape[0]
         if rows != 1 and batch not in (1, rows):
             raise ValueError(f"key_positions is for a batch of {rows}, but {mask!r} for one of {batch}")
         # In fewer bits, a difference of positions could overflow.
@@ -588,10 +588,6 @@ def _read(
                 f"Predicate(fn, {name}=…), or combine it with a mask that has it"
             )
     return found, batch, heads
-
-
-def _as_rows(array: Any) -> Any:
-    return array if array.ndim == 2 else array[None]
 
 
 def _not(truth: Allowed) -> Allowed:
