@@ -127,9 +127,9 @@ def _scores(program: _Program, inputs: Any, at: _Place, rows: Any, first: Any, m
     part = None if bias is None else program.take("bhqk", bias, at)
     call = program.decided if must_decide else program.full
     floats, others = arrays[must_decide]
-    # Of the type for which the call was traced: int32 in 64-bit mode too, and varying over the axes of a shard_map.
+    # Varying over the axes of a shard_map, as those for which the call was traced.
     nothing = jnp.zeros_like(products, jnp.int32, ())
-    where = [jnp.asarray(index, jnp.int32) + nothing for index in (*at, first)]
+    where = [index + nothing for index in (*at, first)]
 
     def change(products: Any, part: Any, floats: Any) -> Any:
         flat = products.reshape(products.shape[0], -1, *products.shape[3:])
