@@ -3,6 +3,7 @@
 Each is two functions: what a kernel lacks to do a call, in words, and the call itself.
 """
 
+from collections.abc import Callable
 from functools import partial
 from importlib.util import find_spec
 from typing import Any, Literal
@@ -31,7 +32,7 @@ def cudnn_lacks(call: Call) -> list[str]:
             call.bias is not None and (call.query.shape[1] % 2 or call.key.shape[1] % 2)
         ),
     }
-    return [limit for limit, holds in limits.items() if holds] + _not_native(call)
+    return _that_hold(limits) + _not_native(call)
 
 
 def cudnn(call: Call) -> Any:
@@ -48,13 +49,8 @@ def tokamax_lacks(call: Call) -> list[str]:
             call.split().local_window_size is not None and call.query.shape[1] != call.key.shape[1]
         ),
     }
-    lacks = [limit for limit, holds in limits.items() if holds] + _not_native(call)
-    if not lacks:
-        try:
-            jax.eval_shape(tokamax, call)
-        except (NotImplementedError, ExceptionGroup) as error:
-            lacks.append(str(error).partition("\n")[0])
-    return lacks
+    lacks = _that_hold(limits) + _not_native(call)
+    return lacks or _refusal(tokamax, call, NotImplementedError, ExceptionGroup)
 
 
 @jax.jit
@@ -87,13 +83,7 @@ def splash_lacks(call: Call) -> list[str]:
             call.value.shape[3] != call.query.shape[3]
         ),
     }
-    lacks = [limit for limit, holds in limits.items() if holds]
-    if not lacks:
-        try:
-            jax.eval_shape(splash, call)
-        except (TypeError, ValueError, NotImplementedError) as error:
-            lacks.append(str(error).partition("\n")[0])
-    return lacks
+    return _that_hold(limits) or _refusal(splash, call, TypeError, ValueError, NotImplementedError)
 
 
 def splash(call: Call) -> Any:
@@ -116,13 +106,27 @@ def splash(call: Call) -> Any:
     return jax.lax.platform_dependent(tpu=partial(run, False), default=partial(run, True))
 
 
+def _that_hold(limits: dict[str, Any]) -> list[str]:
+    return [limit for limit, holds in limits.items() if holds]
+
+
+def _refusal(run: Callable[[Call], Any], call: Call, *errors: type[Exception]) -> list[str]:
+    """The first line of the error by which a kernel refuses a call, if it does."""
+    try:
+        jax.eval_shape(run, call)
+    except errors as error:
+        return [str(error).partition("\n")[0]]
+    return []
+
+
 def _not_native(call: Call) -> list[str]:
+    residual = call.split().residual
     limits = {
-        f"its arguments do not say {call.split().residual!r}": not isinstance(call.split().residual, Full),
+        f"its arguments do not say {residual!r}": not isinstance(residual, Full),
         "it takes no bias that is a function": callable(call.bias),
         "it takes no key_positions": call.key_positions is not None,
     }
-    return [limit for limit, holds in limits.items() if holds]
+    return _that_hold(limits)
 
 
 def _native(call: Call, attend: Any) -> Any:
