@@ -42,7 +42,7 @@ class Split:
 
 def split(mask: Mask, query_length: int, key_length: int, offset: Offset | None) -> Split:
     """What of ``mask`` the arguments of a fused kernel can say. See :meth:`Mask.split`."""
-    aligned = offset is None or (isinstance(offset, int) and offset == 0)
+    aligned = is_at_start(offset)
     windows: list[tuple[int | None, int | None]] = []
     lengths: list[Any] = []
     left_over: list[Mask] = []
@@ -74,6 +74,11 @@ def split(mask: Mask, query_length: int, key_length: int, offset: Offset | None)
         key_value_seq_lengths=_lengths(lengths, key_length),
         residual=reduce(operator.and_, left_over, Full()),
     )
+
+
+def is_at_start(offset: Offset | None) -> bool:
+    """Whether the first query is known, now, to be at the first key."""
+    return offset is None or (isinstance(offset, int) and offset == 0)
 
 
 def _lengths(lengths: list[Any], key_length: int) -> Int[Array, "batch"] | None:

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 from jaxmask import checks, indices
 from jaxmask.indices import Index
 from jaxmask.mask import Full, KeyPositions, Mask, Offset, checked, refuse_no_mask
-from jaxmask.split import Split
+from jaxmask.split import Split, is_at_start
 
 # An array that broadcasts to [batch, heads, q, kv], or a function of positions, to be evaluated where it is needed.
 Bias = Float[Array | np.ndarray, "..."] | Callable[[Index, Index, Index, Index], Float[Array, "..."]]
@@ -23,7 +23,7 @@ Bias = Float[Array | np.ndarray, "..."] | Callable[[Index, Index, Index, Index],
 @partial(
     jax.tree_util.register_dataclass,
     data_fields=("query", "key", "value", "mask", "bias", "offset", "key_positions"),
-    meta_fields=("at_start", "scale", "logits_soft_cap"),
+    meta_fields=("scale", "logits_soft_cap"),
 )
 @dataclass(frozen=True, eq=False)
 class Call:
@@ -34,10 +34,9 @@ class Call:
     value: Any
     mask: Mask
     bias: Bias | None
-    offset: Offset | None  # unless it is at_start
+    # None where the first query is at position 0: static, so that the tiles of a static mask are found at trace time.
+    offset: Offset | None
     key_positions: KeyPositions | None
-    # Whether the first query is at position 0: static, so that the tiles of a static mask are found at trace time.
-    at_start: bool
     scale: float
     logits_soft_cap: float | None
 
@@ -123,16 +122,14 @@ def checked_call(
             )
         bias = indices.as_4d(bias)
     checked(mask, query_length, key_length, offset, key_positions)
-    at_start = offset is None or (isinstance(offset, int) and offset == 0)
     return Call(
         query=query,
         key=key,
         value=value,
         mask=mask,
         bias=_as_pytree(bias) if callable(bias) else bias,
-        offset=None if at_start else offset,
+        offset=None if is_at_start(offset) else offset,
         key_positions=key_positions,
-        at_start=at_start,
         scale=factor,
         logits_soft_cap=logits_soft_cap,
     )
