@@ -32,7 +32,7 @@ IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
 }
 OPERATIONS = tuple(IMPLEMENTATIONS)
 # In the half precisions beside PyTorch's own error: two ulps of 1, for it computes in float32 within, and we round the
-# weights, and the output by which the backward pass finds gradients.
+# weights.
 TOLERANCES = {
     "float32": 2e-6,
     "float16": float(ml_dtypes.finfo("float16").eps) * 2,
