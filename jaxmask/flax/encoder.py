@@ -1,0 +1,176 @@
+"""The encoder of the BERT family in ``flax.nnx``: padding masks, and the mean of what is valid."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxmask import checks
+from jaxmask.dispatch import Implementation, attention
+from jaxmask.leaves import Padding
+from jaxmask.mask import Full, Mask
+
+Tokens = Int[Array | np.ndarray, "batch length"]
+Valid = Bool[Array | np.ndarray, "batch length"] | Int[Array | np.ndarray, "batch length"]
+Hidden = Float[Array, "batch length dim"]
+
+
+@dataclass(frozen=True)
+class EncoderConfig:
+    """The sizes of an :class:`Encoder`.
+
+    Args:
+        vocab_size: number of tokens.
+        dim: width of the hidden states.
+        hidden_dim: width between the two layers of the MLP.
+        layers, heads: how many; ``heads`` divides ``dim``.
+        max_length: number of positions that were trained.
+        token_types: number of kinds of tokens, as of the first and of the second sentence.
+        epsilon: added to the variance by the layer norms.
+
+    Raises:
+        ValueError, TypeError: a size is no positive Python int, or ``heads`` does not divide ``dim``.
+    """
+
+    vocab_size: int
+    dim: int
+    hidden_dim: int
+    layers: int
+    heads: int
+    max_length: int = 512
+    token_types: int = 2
+    epsilon: float = 1e-12
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "dim", "hidden_dim", "layers", "heads", "max_length", "token_types"):
+            checks.integer(name, getattr(self, name), minimum=1)
+        if self.dim % self.heads:
+            raise ValueError(f"heads must divide dim, got {self.heads} heads and dim {self.dim}")
+
+
+class EncoderLayer(nnx.Module):
+    """Attention, then an MLP, each added to its input and normed after that."""
+
+    def __init__(self, config: EncoderConfig, *, rngs: nnx.Rngs) -> None:
+        dim, self.heads = config.dim, config.heads
+        self.query, self.key, self.value, self.out = (nnx.Linear(dim, dim, rngs=rngs) for _ in range(4))
+        self.attention_norm = _norm(config, rngs)
+        self.up = nnx.Linear(dim, config.hidden_dim, rngs=rngs)
+        self.down = nnx.Linear(config.hidden_dim, dim, rngs=rngs)
+        self.mlp_norm = _norm(config, rngs)
+
+    def __call__(self, hidden: Hidden, mask: Mask, implementation: Implementation | None = None) -> Hidden:
+        heads = (*hidden.shape[:2], self.heads, -1)
+        query, key, value = (project(hidden).reshape(heads) for project in (self.query, self.key, self.value))
+        attended = attention(query, key, value, mask, implementation=implementation)
+        hidden = self.attention_norm(hidden + self.out(attended.reshape(hidden.shape)))
+        return self.mlp_norm(hidden + self.down(jax.nn.gelu(self.up(hidden), approximate=False)))
+
+
+class Encoder(nnx.Module):
+    """BERT without its heads: embeddings of word, position and token type, and layers that are normed at their end.
+
+    ``torch_compat.models.load`` fills it with the weights of a checkpoint.
+
+    Args:
+        config: the sizes.
+        rngs: for random weights.
+
+    Source: ``transformers.BertModel``, without its pooler and its dropout.
+
+    >>> config = EncoderConfig(vocab_size=64, dim=16, hidden_dim=32, layers=2, heads=2)
+    >>> tokens, valid = jnp.array([[5, 6, 7], [8, 9, 0]]), jnp.array([[1, 1, 1], [1, 1, 0]])
+    >>> hidden = Encoder(config, rngs=nnx.Rngs(0))(tokens, valid)
+    >>> hidden.shape, mean_pool(hidden, valid).shape
+    ((2, 3, 16), (2, 16))
+    """
+
+    def __init__(self, config: EncoderConfig, *, rngs: nnx.Rngs) -> None:
+        self.config = config
+        self.words = nnx.Embed(config.vocab_size, config.dim, rngs=rngs)
+        self.positions = nnx.Embed(config.max_length, config.dim, rngs=rngs)
+        self.types = nnx.Embed(config.token_types, config.dim, rngs=rngs)
+        self.norm = _norm(config, rngs)
+        self.layers = nnx.List([EncoderLayer(config, rngs=rngs) for _ in range(config.layers)])
+
+    def __call__(
+        self,
+        tokens: Tokens,
+        valid: Valid | None = None,
+        token_types: Tokens | None = None,
+        *,
+        implementation: Implementation | None = None,
+    ) -> Hidden:
+        """The hidden states after the last layer.
+
+        Args:
+            tokens: integer ``[batch, length]``, each less than ``vocab_size``. Positions are counted from the first
+                column, padding included, on whichever side it is: Transformers' way.
+            valid: bool or 0/1 ``[batch, length]``, false for padding; ``None`` if there is none.
+            token_types: integer ``[batch, length]``; ``None`` for zeros.
+            implementation: of the attention, as in :func:`jaxmask.attention`.
+
+        Returns:
+            ``[batch, length, dim]``, in the dtype of the weights. What stands at padding means nothing, but is finite.
+
+        Raises:
+            ValueError: a shape does not fit, or the text is longer than ``max_length``.
+            TypeError: tokens, or what says more about them, are of the wrong type.
+        """
+        checks.array("tokens", tokens, "i", 2)
+        length = tokens.shape[1]
+        if not 0 < length <= self.config.max_length:
+            raise ValueError(
+                f"tokens must have a length from 1 to max_length, {self.config.max_length}, got "
+                f"{checks.describe(tokens)}: cut the text"
+            )
+        types = jnp.zeros_like(tokens) if token_types is None else _like(tokens, "token_types", token_types, "i")
+        mask = Full() if valid is None else Padding(_like(tokens, "valid", valid, "bi"))
+        embedded = self.words(jnp.asarray(tokens)) + self.types(jnp.asarray(types))
+        hidden = self.norm(embedded + self.positions(jnp.arange(length)))
+        for layer in self.layers:
+            hidden = layer(hidden, mask, implementation)
+        return hidden
+
+
+def mean_pool(hidden: Float[Array | np.ndarray, "batch length dim"], valid: Valid) -> Float[Array, "batch dim"]:
+    """The mean of the hidden states that are valid: the embedding of a text.
+
+    Args:
+        hidden: ``[batch, length, dim]``.
+        valid: bool or 0/1 ``[batch, length]``.
+
+    Returns:
+        ``[batch, dim]``, in the dtype of the hidden states; zeros, and zero gradients, where nothing is valid.
+
+    Raises:
+        ValueError, TypeError: the two do not fit each other.
+
+    Source: ``sentence_transformers``' mean pooling.
+
+    >>> mean_pool(jnp.array([[[1.0], [3.0], [9.0]]]), jnp.array([[1, 1, 0]]))
+    Array([[2.]], dtype=float32)
+    """
+    checks.array("hidden", hidden, "f", 3)
+    counted = jnp.asarray(_like(hidden[..., 0], "valid", valid, "bi"), bool)[..., None]
+    # In float32 at least: a count is not exact in bfloat16, nor is a long sum.
+    total = jnp.where(counted, hidden, 0).sum(1, dtype=jnp.promote_types(hidden.dtype, jnp.float32))
+    return (total / jnp.maximum(counted.sum(1), 1)).astype(hidden.dtype)
+
+
+def _like(tokens: Any, name: str, given: Any, kinds: str) -> Any:
+    """What is given for each token."""
+    if checks.array(name, given, kinds, 2).shape != tokens.shape:
+        raise ValueError(
+            f"{name} must have the shape of the tokens, {list(tokens.shape)}, got {checks.describe(given)}"
+        )
+    return given
+
+
+def _norm(config: EncoderConfig, rngs: nnx.Rngs) -> nnx.LayerNorm:
+    # A variance that is the difference of two means loses the digits that PyTorch keeps.
+    return nnx.LayerNorm(config.dim, epsilon=config.epsilon, use_fast_variance=False, rngs=rngs)

@@ -1,0 +1,260 @@
+"""Weights from Transformers, of a model object or a checkpoint folder, into models of :mod:`jaxmask.flax`.
+
+An :class:`Architecture` is data: which module of ours it is, and where each weight goes. What does not fit is an error
+that names every weight: nothing is left over, and nothing is left at random.
+"""
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import torch
+from flax import nnx
+from jaxtyping import DTypeLike
+from safetensors import SafetensorError, safe_open
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from jaxmask import checks
+from jaxmask.flax.encoder import Encoder, EncoderConfig
+from torch_compat.bridge import to_jax
+
+Weights = Mapping[str, torch.Tensor]
+# Where each weight goes, by its name in Transformers: to which of our parameters, as "layers.0.query.kernel", and how.
+Names = dict[str, tuple[str, Callable[[torch.Tensor], torch.Tensor]]]
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """How a model of Transformers becomes one of ours.
+
+    Args:
+        module: our class and our configuration, for a configuration of Transformers; raises ``ValueError`` for one
+            that asks for what our class does not do. The class is called as ``class(config, rngs=...)``.
+        names: for our configuration, where each weight goes.
+        rename: brings the names of a checkpoint to those of ``names``, where there are several ways to say them.
+        unused: the beginnings of the names of weights that our class has no use for.
+        ties: for a name, that of the weight it is the same as. It may be absent, and is not needed in ``names``.
+    """
+
+    module: Callable[[Any], tuple[type[Any], Any]]
+    names: Callable[[Any], Names]
+    rename: Callable[[str], str] = str
+    unused: tuple[str, ...] = ()
+    ties: Mapping[str, str] = field(default_factory=dict[str, str])
+
+
+def load(source: PreTrainedModel | str | Path, *, gguf_file: str | None = None, dtype: DTypeLike = jnp.float32) -> Any:
+    """A model of ours with the weights of a model of Transformers.
+
+    Args:
+        source: a model object; or a checkpoint folder, with ``config.json`` and safetensors in one file or several, of
+            which no PyTorch model is made. Nothing is downloaded.
+        gguf_file: the name of a GGUF file in that folder, to be read by Transformers, in place of safetensors.
+        dtype: of the parameters, and so of what is computed.
+
+    Returns:
+        An ``nnx.Module``: what :data:`ARCHITECTURES` says of the ``model_type``. Where dtype and layout are the same,
+        it shares the memory of the model object: do not train that one on.
+
+    Raises:
+        FileNotFoundError: the folder, or what a checkpoint consists of, is not there.
+        ValueError: an architecture that is not known, or a setting of it; a weight is left over, missing or of the
+            wrong shape; a file is broken.
+        TypeError: the source is neither a model nor a path, or the dtype is not floating.
+
+    >>> from transformers import BertConfig, BertModel
+    >>> sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    >>> encoder = load(BertModel(BertConfig(**sizes)))
+    >>> encoder(jnp.array([[101, 2054, 102]])).shape
+    (1, 3, 16)
+    """
+    dtype = checks.float_dtype(dtype)
+    if isinstance(source, PreTrainedModel):
+        if gguf_file is not None:
+            raise ValueError(f"gguf_file is for a folder, got {gguf_file!r} with a model object: leave it out")
+        return assemble(_architecture(source.config.model_type), source.config, source.state_dict(), dtype)
+    if not isinstance(source, str | Path):
+        raise TypeError(f"source must be a Transformers model or the path of a folder, got {checks.describe(source)}")
+    folder = Path(source)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"source is not a folder: {str(source)!r}; nothing is downloaded, so download it first")
+    if gguf_file is not None:
+        _file(folder, gguf_file)
+        return load(AutoModelForCausalLM.from_pretrained(folder, gguf_file=gguf_file, dtype=torch.float32), dtype=dtype)
+    architecture = _architecture(_json(_file(folder, "config.json")).get("model_type"))
+    return assemble(architecture, AutoConfig.from_pretrained(folder), _safetensors(folder), dtype)
+
+
+def assemble(
+    architecture: Architecture, config: PretrainedConfig, weights: Weights, dtype: DTypeLike = jnp.float32
+) -> Any:
+    """The module of an architecture, filled with weights; no random ones are made.
+
+    Args:
+        architecture: of which one.
+        config: as Transformers has it.
+        weights: by their names in Transformers.
+        dtype: of the parameters.
+
+    Returns:
+        An ``nnx.Module``.
+
+    Raises:
+        ValueError: a weight is left over, missing or of the wrong shape, each named; a setting is not known.
+    """
+    make, ours = architecture.module(config)
+    graph, state = nnx.split(nnx.eval_shape(lambda: make(ours, rngs=nnx.Rngs(0))))
+    wanted = {".".join(map(str, path)): (path, variable) for path, variable in nnx.to_flat_state(state)}
+    names = architecture.names(ours)
+    filled: dict[Any, Any] = {}
+    problems: list[str] = []
+    renamed = {architecture.rename(name): tensor for name, tensor in weights.items()}
+    for name, tensor in renamed.items():
+        if name not in names:
+            problems += _left_over(name, renamed, architecture)
+            continue
+        target, transform = names[name]
+        tensor = transform(tensor.detach())
+        path, variable = wanted.pop(target)
+        if tuple(tensor.shape) != variable.shape:
+            problems.append(f"{name} is {list(tensor.shape)} where {target} is {list(variable.shape)}")
+            continue
+        filled[path] = variable.replace(to_jax(tensor.to(getattr(torch, jnp.dtype(dtype).name))))
+    sources = {target: name for name, (target, _) in names.items()}
+    problems += [f"{sources[target]} is missing, for {target}" for target in wanted]
+    if problems:
+        raise ValueError(
+            f"the weights do not fit {make.__name__}: {'; '.join(problems)}. Is it the "
+            "checkpoint of another kind of model, or of another config.json?"
+        )
+    return nnx.merge(graph, nnx.from_flat_state(filled))
+
+
+def _left_over(name: str, weights: Weights, architecture: Architecture) -> list[str]:
+    """What is wrong with a weight that goes nowhere."""
+    if name.startswith(architecture.unused):
+        return []
+    twin = architecture.ties.get(name)
+    if twin is not None and twin in weights:
+        return [] if torch.equal(weights[name], weights[twin]) else [f"{name} is not equal to {twin}, its twin"]
+    return [f"{name} {checks.describe(weights[name])} is left over"]
+
+
+def _architecture(model_type: Any) -> Architecture:
+    if model_type not in ARCHITECTURES:
+        known = ", ".join(map(repr, ARCHITECTURES))
+        raise ValueError(f"the architecture {model_type!r} is not known: model_type must be one of {known}")
+    return ARCHITECTURES[model_type]
+
+
+def _safetensors(folder: Path) -> Weights:
+    """The tensors of a folder, mapped from their files."""
+    index = folder / "model.safetensors.index.json"
+    files = sorted(set(_json(index)["weight_map"].values())) if index.exists() else ["model.safetensors"]
+    weights: dict[str, torch.Tensor] = {}
+    for file in files:
+        path = _file(folder, file)
+        try:
+            # safe_open says so little of its types.
+            opened: Any = safe_open(path, framework="pt")
+            with opened as tensors:
+                weights |= {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118
+        except SafetensorError as error:
+            raise ValueError(
+                f"{file} in {str(folder)!r} is not a whole safetensors file ({error}): download it again, and if it "
+                "is a pointer of Git LFS, by `git lfs pull`"
+            ) from error
+    return weights
+
+
+def _file(folder: Path, name: str) -> Path:
+    """A file that a checkpoint folder must have."""
+    if not (folder / name).is_file():
+        there = ", ".join(sorted(path.name for path in folder.iterdir())) or "nothing"
+        raise FileNotFoundError(
+            f"source is not a checkpoint that can be read, {name} is not in it: {str(folder)!r} has {there}; save a "
+            "model by model.save_pretrained(folder), or say gguf_file= for a GGUF file"
+        )
+    return folder / name
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(path.read_text()))
+    except ValueError as error:
+        raise ValueError(f"{path.name} in {str(path.parent)!r} is not a JSON object: {error}") from error
+
+
+def _bert(config: Any) -> tuple[type[Encoder], EncoderConfig]:
+    supported: dict[str, Any] = {"hidden_act": "gelu", "is_decoder": False, "position_embedding_type": "absolute"}
+    for name, value in supported.items():
+        if (given := getattr(config, name, value)) != value:
+            raise ValueError(f"{name} of the config must be {value!r} for Encoder, got {given!r}")
+    return Encoder, EncoderConfig(
+        vocab_size=config.vocab_size,
+        dim=config.hidden_size,
+        hidden_dim=config.intermediate_size,
+        layers=config.num_hidden_layers,
+        heads=config.num_attention_heads,
+        max_length=config.max_position_embeddings,
+        token_types=config.type_vocab_size,
+        epsilon=config.layer_norm_eps,
+    )
+
+
+def _bert_names(config: EncoderConfig) -> Names:
+    names: Names = {}
+    for theirs, ours in (("word", "words"), ("position", "positions"), ("token_type", "types")):
+        names |= embedding(f"embeddings.{theirs}_embeddings", ours)
+    names |= norm("embeddings.LayerNorm", "norm")
+    for i in range(config.layers):
+        theirs, ours = f"encoder.layer.{i}", f"layers.{i}"
+        for name in ("query", "key", "value"):
+            names |= linear(f"{theirs}.attention.self.{name}", f"{ours}.{name}")
+        names |= linear(f"{theirs}.attention.output.dense", f"{ours}.out")
+        names |= norm(f"{theirs}.attention.output.LayerNorm", f"{ours}.attention_norm")
+        names |= linear(f"{theirs}.intermediate.dense", f"{ours}.up")
+        names |= linear(f"{theirs}.output.dense", f"{ours}.down")
+        names |= norm(f"{theirs}.output.LayerNorm", f"{ours}.mlp_norm")
+    return names
+
+
+def _bert_rename(name: str) -> str:
+    # Under a head, the encoder has a name of its own; the oldest checkpoints have TensorFlow's names for the norms.
+    name = name.removeprefix("bert.")
+    return name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
+
+
+def linear(theirs: str, ours: str, *, bias: bool = True) -> Names:
+    """The names of an ``nn.Linear``, ``[out, in]``, that becomes an ``nnx.Linear``, ``[in, out]``."""
+    kernel: Names = {f"{theirs}.weight": (f"{ours}.kernel", _transposed)}
+    return {**kernel, f"{theirs}.bias": (f"{ours}.bias", _same)} if bias else kernel
+
+
+def norm(theirs: str, ours: str, *, bias: bool = True) -> Names:
+    """The names of a norm of PyTorch that becomes one of nnx."""
+    scale: Names = {f"{theirs}.weight": (f"{ours}.scale", _same)}
+    return {**scale, f"{theirs}.bias": (f"{ours}.bias", _same)} if bias else scale
+
+
+def embedding(theirs: str, ours: str) -> Names:
+    """The names of an ``nn.Embedding`` that becomes an ``nnx.Embed``."""
+    return {f"{theirs}.weight": (f"{ours}.embedding", _same)}
+
+
+def _same(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor
+
+
+def _transposed(tensor: torch.Tensor) -> torch.Tensor:
+    # Of any rank, for one that is not a matrix is to be refused by its shape.
+    return tensor.permute(*reversed(range(tensor.ndim)))
+
+
+# By the model_type of a configuration. The heads of BERT's pretraining are no part of an encoder.
+ARCHITECTURES: dict[str, Architecture] = {
+    "bert": Architecture(_bert, _bert_names, _bert_rename, unused=("pooler.", "cls.", "embeddings.position_ids")),
+}
