@@ -19,11 +19,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 
 from jaxmask import checks
 from jaxmask.flax.encoder import Encoder, EncoderConfig
+from torch_compat import decoders
 from torch_compat.bridge import to_jax
+from torch_compat.names import Names, embedding, linear, norm
 
 Weights = Mapping[str, torch.Tensor]
-# Where each weight goes, by its name in Transformers: to which of our parameters, as "layers.0.query.kernel", and how.
-Names = dict[str, tuple[str, Callable[[torch.Tensor], torch.Tensor]]]
 
 
 @dataclass(frozen=True)
@@ -228,33 +228,15 @@ def _bert_rename(name: str) -> str:
     return name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
 
 
-def linear(theirs: str, ours: str, *, bias: bool = True) -> Names:
-    """The names of an ``nn.Linear``, ``[out, in]``, that becomes an ``nnx.Linear``, ``[in, out]``."""
-    kernel: Names = {f"{theirs}.weight": (f"{ours}.kernel", _transposed)}
-    return {**kernel, f"{theirs}.bias": (f"{ours}.bias", _same)} if bias else kernel
-
-
-def norm(theirs: str, ours: str, *, bias: bool = True) -> Names:
-    """The names of a norm of PyTorch that becomes one of nnx."""
-    scale: Names = {f"{theirs}.weight": (f"{ours}.scale", _same)}
-    return {**scale, f"{theirs}.bias": (f"{ours}.bias", _same)} if bias else scale
-
-
-def embedding(theirs: str, ours: str) -> Names:
-    """The names of an ``nn.Embedding`` that becomes an ``nnx.Embed``."""
-    return {f"{theirs}.weight": (f"{ours}.embedding", _same)}
-
-
-def _same(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor
-
-
-def _transposed(tensor: torch.Tensor) -> torch.Tensor:
-    # Of any rank, for one that is not a matrix is to be refused by its shape.
-    return tensor.permute(*reversed(range(tensor.ndim)))
-
-
+_TIED = {"lm_head.weight": "model.embed_tokens.weight"}
 # By the model_type of a configuration. The heads of BERT's pretraining are no part of an encoder.
 ARCHITECTURES: dict[str, Architecture] = {
     "bert": Architecture(_bert, _bert_names, _bert_rename, unused=("pooler.", "cls.", "embeddings.position_ids")),
+    "llama": Architecture(decoders.llama, decoders.decoder_names, ties=_TIED),
+    "mistral": Architecture(decoders.mistral, decoders.decoder_names, ties=_TIED),
+    "qwen2": Architecture(decoders.qwen2, decoders.decoder_names, ties=_TIED),
+    "qwen3": Architecture(decoders.qwen3, decoders.decoder_names, ties=_TIED),
+    "gemma2": Architecture(decoders.gemma2, decoders.gemma_names, ties=_TIED),
+    "gemma3_text": Architecture(decoders.gemma3, decoders.gemma_names, ties=_TIED),
+    "llama4_text": Architecture(decoders.llama4, decoders.llama4_names, ties=_TIED),
 }

@@ -92,7 +92,7 @@ SENTENCES: tuple[str, ...] = (
     "def quicksort(items):\n    if len(items) <= 1:\n        return items\n    pivot, *rest = items\n    smaller = [x for x "
     "in rest if x < pivot]\n    larger = [x for x in rest if x >= pivot]\n    return quicksort(smaller) + [pivot] + "
     "quicksort(larger)",
-    "#include <stdio.h>\nint main(void) { puts(\"Hello\"); return 0; }",
+    '#include <stdio.h>\nint main(void) { puts("Hello"); return 0; }',
     "<!DOCTYPE html><html><head><title>404</title></head><body><h1>Not found</h1></body></html>",
     '{"model_type": "bert", "hidden_size": 384, "num_hidden_layers": 6}',
 )

@@ -308,12 +308,14 @@ class Decoder(nnx.Module):
         mask = Full() if mask is None else mask
         if valid is not None:
             mask = mask & Padding(valid)
-        x = self.embedding(jnp.asarray(tokens)) * self.config.embedding_scale
+        # nnx.Embed would compute in the dtype with which it was made. NaN for what is no token.
+        embedding = self.embedding.embedding[...]
+        x = jnp.take(embedding, jnp.asarray(tokens), axis=0) * self.config.embedding_scale
         layers: list[Any] = [None] * len(self.blocks) if cache is None else list(cache.layers)
         for i, block in enumerate(self.blocks):
             x, layers[i] = block(x, positions, mask, layers[i], step, implementation)
         x = self.norm(x[:, -1:] if last_only else x)
-        logits = self.embedding.attend(x) if self.head is None else self.head(x)
+        logits = x @ embedding.T if self.head is None else self.head(x)
         if (cap := self.config.logits_cap) is not None:
             logits = cap * jnp.tanh(logits / cap)
         return logits, None if step is None else step.end(layers)
