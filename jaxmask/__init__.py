@@ -10,6 +10,7 @@ Array([[[[False, False, False],
 
 from typing import TYPE_CHECKING, Any
 
+from jaxmask.attention_fn import make_attention_fn
 from jaxmask.bias import unmask_unattended
 from jaxmask.converter import (
     AttentionMaskConverter,
@@ -24,7 +25,6 @@ from jaxmask.converter import (
 )
 from jaxmask.dispatch import Explanation, attention, explain
 from jaxmask.draw import plot, show
-from jaxmask.flax import make_attention_fn
 from jaxmask.leaves import (
     Causal,
     Chunked,

@@ -1,6 +1,26 @@
-"""What a Flax model needs of jaxmask."""
+"""What a Flax model needs of jaxmask: attention, caches, reference models, generation."""
 
-from jaxmask.flax.attention_fn import make_attention_fn
+from jaxmask.attention_fn import make_attention_fn
 from jaxmask.flax.cache import Cache, LayerCache, Seen, Step
+from jaxmask.flax.decoder import Decoder, DecoderConfig, DecoderLayer, Llama3Scaling, Rope
+from jaxmask.flax.encoder import Encoder, EncoderConfig, mean_pool
+from jaxmask.flax.generate import Generated, generate, left_pad
 
-__all__ = ["Cache", "LayerCache", "Seen", "Step", "make_attention_fn"]
+__all__ = [
+    "Cache",
+    "Decoder",
+    "DecoderConfig",
+    "DecoderLayer",
+    "Encoder",
+    "EncoderConfig",
+    "Generated",
+    "LayerCache",
+    "Llama3Scaling",
+    "Rope",
+    "Seen",
+    "Step",
+    "generate",
+    "left_pad",
+    "make_attention_fn",
+    "mean_pool",
+]

@@ -272,7 +272,7 @@ class Decoder(nnx.Module):
         positions: Int[Array | np.ndarray, "batch q"] | None = None,
         last_only: bool = False,
         implementation: Implementation | None = None,
-    ) -> tuple[Float[Array, "batch q vocabulary"], Cache | None]:
+    ) -> tuple[Float[Array, "batch q vocab"], Cache | None]:
         """The logits of the token after each, and the cache with these tokens.
 
         Args:
@@ -282,7 +282,7 @@ class Decoder(nnx.Module):
             mask: joined to that of each layer, as ``Segments(ids)`` for packed documents. Its keys are in the order of
                 ``tokens``, so that it needs that there is no cache.
             positions: of the tokens, for rotary embeddings; ``None`` to count those of each row that are no padding.
-            last_only: whether to return the logits after the last column only, ``[batch, 1, vocabulary]``.
+            last_only: whether to return the logits after the last token of each row only, ``[batch, 1, vocab]``.
             implementation: of :func:`jaxmask.attention`.
 
         Raises:
@@ -314,6 +314,9 @@ class Decoder(nnx.Module):
         layers: list[Any] = [None] * len(self.blocks) if cache is None else list(cache.layers)
         for i, block in enumerate(self.blocks):
             x, layers[i] = block(x, positions, mask, layers[i], step, implementation)
+        if last_only and valid is not None:
+            last = tokens.shape[1] - 1 - jnp.argmax(jnp.asarray(valid)[:, ::-1], 1)
+            x = jnp.take_along_axis(x, last[:, None, None], 1)
         x = self.norm(x[:, -1:] if last_only else x)
         logits = x @ embedding.T if self.head is None else self.head(x)
         if (cap := self.config.logits_cap) is not None:
