@@ -26,9 +26,12 @@ from torch_compat.bridge import to_torch
 
 # Tiles so small that every case has several.
 BLOCK = (8, 16)
+# The cases are longer, and tiles by the kernel's own rule.
+LONG = "attention_long"
 IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
     "attention_blocked": partial(blocked.attention, block=BLOCK),
     "attention_xla": partial(jaxmask.attention, implementation="xla"),
+    LONG: partial(jaxmask.attention, implementation="blocked"),
 }
 OPERATIONS = tuple(IMPLEMENTATIONS)
 # In the half precisions beside PyTorch's own error: two ulps of 1, for it computes in float32 within, and we round the
@@ -43,7 +46,12 @@ _HALF = ("float16", "bfloat16")
 NAMES = ("output", "gradient of query", "gradient of key", "gradient of value", "gradient of bias")
 
 
-@partial(jax.jit, static_argnames=("attend", "scale", "logits_soft_cap"))
+# Compiled without LLVM's optimizations, which take longer than all that they would speed up here.
+@partial(
+    jax.jit,
+    static_argnames=("attend", "scale", "logits_soft_cap"),
+    compiler_options={"xla_backend_optimization_level": 0},
+)
 def _output_and_gradients(
     attend: Callable[..., Any], inputs: Any, cotangent: Any, mask: Any, offset: Any, **numbers: Any
 ) -> Any:

@@ -66,10 +66,10 @@ class Case:
 
     def allowed(self) -> torch.Tensor:
         """Which pairs may attend, by ``mask_mod``: bool ``[batch, heads, q, kv]``."""
-        query_length, key_length = self.query.shape[1], self.key.shape[1]
-        b, h, kv = torch.arange(BATCH).view(-1, 1, 1, 1), torch.arange(HEADS).view(-1, 1, 1), torch.arange(key_length)
+        (batch, query_length, heads, _), key_length = self.query.shape, self.key.shape[1]
+        b, h, kv = torch.arange(batch).view(-1, 1, 1, 1), torch.arange(heads).view(-1, 1, 1), torch.arange(key_length)
         q = torch.tensor(self.first).view(-1, 1, 1, 1) + torch.arange(query_length)[:, None]
-        return self.mask_mod(b, h, q, kv).expand(BATCH, HEADS, query_length, key_length)
+        return self.mask_mod(b, h, q, kv).expand(batch, heads, query_length, key_length)
 
     def describe(self) -> str:
         """The call, to be read by a person; the same seed makes it again, with its arrays."""
@@ -274,3 +274,35 @@ def generate(dtype: str, count: int, seed: int) -> tuple[Case, ...]:
     rng = np.random.default_rng([seed, list(DTYPES).index(dtype)])
     programs = _programs(seed)[dtype]
     return tuple(_case(programs[i % PROGRAMS], dtype, rng) for i in range(count))
+
+
+# More keys than one strip of the blocked kernel holds where its tiles are not given.
+LONG = 1500
+
+
+def _long_documents() -> tuple[Mask, MaskMod]:
+    """The ids are arguments of the program, so that its lists of tiles are made in it."""
+    ids = np.searchsorted([100, 400, 1350], np.arange(LONG)[None], side="right").astype(np.int32)
+    table = torch.from_numpy(ids)
+    return Causal() & Segments(ids), lambda b, h, q, kv: (kv <= q) & (table[b, q] == table[b, kv])
+
+
+# One for each dtype, for each is a compilation. A window of 700 is one strip for each tile of queries.
+_LONG_MASKS: dict[str, Callable[[], tuple[Mask, MaskMod]]] = {
+    "float32": lambda: (Causal(), lambda b, h, q, kv: kv <= q),
+    "float16": lambda: (SlidingWindow(700), lambda b, h, q, kv: (kv <= q) & (kv > q - 700)),
+    "bfloat16": _long_documents,
+    "float64": lambda: (Causal(), lambda b, h, q, kv: kv <= q),
+}
+
+
+@lru_cache
+def generate_long(dtype: str, seed: int) -> tuple[Case, ...]:
+    """A case of as many keys as the rule for tiles is made for; one example, two heads that share keys."""
+    rng = np.random.default_rng([seed, list(DTYPES).index(dtype), LONG])
+    mask, mask_mod = _LONG_MASKS[dtype]()
+    query, key, value, cotangent = (
+        rng.standard_normal((1, LONG, heads, DIM)).astype(DTYPES[dtype]) for heads in (2, 1, 1, 2)
+    )
+    nothing: Any = {"bias": None, "scale": None, "offset": None, "logits_soft_cap": None}
+    return (Case(dtype, ("long",), mask, mask_mod, query, key, value, cotangent, first=(0,), **nothing),)

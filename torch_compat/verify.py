@@ -224,7 +224,9 @@ def compare_attention(operation: str, dtype: str, oracles: Sequence[str], cases:
     """The same for attention, of one of our implementations."""
     rows = [Row(operation, dtype, oracle) for oracle in oracles if oracle in attention.ORACLES]
     with _precision(dtype):
-        for case in attention_cases.generate(dtype, cases, seed):
+        is_long = operation == attention.LONG
+        made = attention_cases.generate_long(dtype, seed) if is_long else attention_cases.generate(dtype, cases, seed)
+        for case in made:
             ours = attention.call_jax(operation, case)
             for row in rows:
                 if attention.has_answer(row.oracle, case):
@@ -251,7 +253,8 @@ def run(
     """Compare everything that is asked for, print a table, and return the exit status: 1 on any difference.
 
     Args:
-        cases: number of cases per operation and dtype; unless given, 240, and 12 of attention.
+        cases: number of cases per operation and dtype; unless given, 240, and 12 of attention; of long
+            attention there is one.
         seed: of the generated inputs.
         operations, dtypes, oracles: names; all of them unless given. The models are run where all operations are.
         report: a file for the rows as JSON.

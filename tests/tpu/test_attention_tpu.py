@@ -1,35 +1,22 @@
 """Attention compiled ahead of time for a TPU v5e, forward and backward: temporary memory is O(length)."""
 
 from collections.abc import Callable
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
-from jax.experimental import topologies
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import jaxmask
 from jaxmask import Causal, Chunked, Padding, PerHead, Prefix, Segments, SlidingWindow
 from jaxmask.kernels import blocked
+from tests.tpu.v5e import spec, v5e
 
 HEADS, KV_HEADS, DIM = 4, 2, 128
 LENGTH = 16384
 # Of query and output, and of key and value, in bfloat16.
 SIZE = 2 * LENGTH * (2 * HEADS + 2 * KV_HEADS) * DIM
-
-
-@cache
-def v5e() -> NamedSharding:
-    """One chip of a TPU v5e; raises where libtpu is missing."""
-    topology = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2")
-    return NamedSharding(Mesh(np.array(topology.devices[:1]), ("x",)), PartitionSpec())
-
-
-def spec(*shape: int, dtype: Any = jnp.bfloat16) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(shape, dtype, sharding=v5e())
 
 
 def temporaries(attend: Callable[..., Any], length: int, *traced: jax.ShapeDtypeStruct) -> int:
@@ -39,7 +26,7 @@ def temporaries(attend: Callable[..., Any], length: int, *traced: jax.ShapeDtype
         output, pull_back = jax.vjp(lambda *inputs: attend(*inputs, *arguments), query, key, value)
         return output, pull_back(cotangent)
 
-    queries, keys = spec(1, length, HEADS, DIM), spec(1, length, KV_HEADS, DIM)
+    queries, keys = (spec(1, length, heads, DIM, dtype=jnp.bfloat16) for heads in (HEADS, KV_HEADS))
     with jax.sharding.use_abstract_mesh(v5e().mesh.abstract_mesh):
         lowered = jax.jit(run).lower(queries, keys, keys, queries, *traced)
     memory: Any = lowered.compile().memory_analysis()

@@ -1,32 +1,18 @@
 """Splash attention compiled ahead of time for a TPU v5e, with its gradients: what the compiler takes, and how much."""
 
 from collections.abc import Callable
-from functools import cache
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
-from jax.experimental import topologies
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxmask import Causal, Chunked, Mask, Padding, PerHead, Predicate, Prefix, Segments, SlidingWindow
 from jaxmask.kernels.splash import to_splash
+from tests.tpu.v5e import spec, v5e
 
 BATCH, HEADS, DIM = 2, 2, 128
 LENGTH, SHORT = 32768, 8192
-
-
-@cache
-def v5e() -> NamedSharding:
-    """One chip of a TPU v5e; raises where libtpu is missing."""
-    topology = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2")
-    return NamedSharding(Mesh(np.array(topology.devices[:1]), ("x",)), PartitionSpec())
-
-
-def spec(*shape: int, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(shape, dtype, sharding=v5e())
 
 
 def temporaries(

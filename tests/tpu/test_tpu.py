@@ -9,10 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
-from jax.experimental import topologies
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxmask import (
     AttentionMaskConverter,
@@ -35,6 +32,7 @@ from jaxmask import (
     prepare_4d_causal_attention_mask_for_sdpa,
     unmask_unattended,
 )
+from tests.tpu.v5e import spec
 
 BATCH, HEADS, LENGTH = 2, 4, 8192
 SCORES = jax.ShapeDtypeStruct((BATCH, HEADS, LENGTH, LENGTH), jnp.float32)
@@ -102,16 +100,9 @@ TILED: dict[str, Callable[[jax.Array, jax.Array], Mask]] = {
 }
 
 
-@cache
-def v5e() -> NamedSharding:
-    """One chip of a TPU v5e; raises where libtpu is missing."""
-    topology = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2")
-    return NamedSharding(Mesh(np.array(topology.devices[:1]), ("x",)), PartitionSpec())
-
-
 def compiled_for_tpu(function: Callable[..., Any], *specs: jax.ShapeDtypeStruct) -> Any:
     """The program that ``function`` becomes on a TPU."""
-    placed = [jax.ShapeDtypeStruct(spec.shape, spec.dtype, sharding=v5e()) for spec in specs]
+    placed = [spec(*each.shape, dtype=each.dtype) for each in specs]
     return jax.jit(function).lower(*placed).compile()
 
 
