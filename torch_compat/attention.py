@@ -46,12 +46,7 @@ _HALF = ("float16", "bfloat16")
 NAMES = ("output", "gradient of query", "gradient of key", "gradient of value", "gradient of bias")
 
 
-# Compiled without LLVM's optimizations, which take longer than all that they would speed up here.
-@partial(
-    jax.jit,
-    static_argnames=("attend", "scale", "logits_soft_cap"),
-    compiler_options={"xla_backend_optimization_level": 0},
-)
+@partial(jax.jit, static_argnames=("attend", "scale", "logits_soft_cap"))
 def _output_and_gradients(
     attend: Callable[..., Any], inputs: Any, cotangent: Any, mask: Any, offset: Any, **numbers: Any
 ) -> Any:

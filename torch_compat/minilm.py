@@ -26,7 +26,7 @@ class ModelCheck:
     mask_matters: bool
 
     @property
-    def identical(self) -> bool:
+    def agrees(self) -> bool:
         """Whether jaxmask's mask is as good as the model's own."""
         return self.identical_layers == self.layers and self.mask_matters
 

@@ -56,7 +56,7 @@ class ModelCheck:
     mask_matters: bool
 
     @property
-    def identical(self) -> bool:
+    def agrees(self) -> bool:
         """Whether jaxmask's masks are as good as the model's own."""
         return self.identical_outputs == self.outputs and self.masks >= self.outputs and self.mask_matters
 

@@ -320,7 +320,7 @@ def run(
             "models": [model.__dict__ for model in models],
         }
         report.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    return int(differences > 0 or not all(model.identical for model in models))
+    return int(differences > 0 or not all(model.agrees for model in models))
 
 
 def _totals(rows: Sequence[Row]) -> tuple[int, int]:
