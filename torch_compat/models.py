@@ -32,7 +32,7 @@ class Architecture:
 
     Args:
         module: our class and our configuration, for a configuration of Transformers; raises ``ValueError`` for one
-            that asks for what our class does not do. The class is called as ``class(config, rngs=...)``.
+            that asks for what our class does not do. It is called as ``class(config, param_dtype=..., rngs=...)``.
         names: for our configuration, where each weight goes.
         rename: brings the names of a checkpoint to those of ``names``, where there are several ways to say them.
         unused: the beginnings of the names of weights that our class has no use for.
@@ -106,7 +106,7 @@ def assemble(
         ValueError: a weight is left over, missing or of the wrong shape, each named; a setting is not known.
     """
     make, ours = architecture.module(config)
-    graph, state = nnx.split(nnx.eval_shape(lambda: make(ours, rngs=nnx.Rngs(0))))
+    graph, state = nnx.split(nnx.eval_shape(lambda: make(ours, param_dtype=dtype, rngs=nnx.Rngs(0))))
     wanted = {".".join(map(str, path)): (path, variable) for path, variable in nnx.to_flat_state(state)}
     names = architecture.names(ours)
     filled: dict[Any, Any] = {}
