@@ -183,9 +183,12 @@ def _file(folder: Path, name: str) -> Path:
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        return dict(json.loads(path.read_text()))
+        content = json.loads(path.read_text())
     except ValueError as error:
-        raise ValueError(f"{path.name} in {str(path.parent)!r} is not a JSON object: {error}") from error
+        raise ValueError(f"{path.name} in {str(path.parent)!r} is not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path.name} in {str(path.parent)!r} must be a JSON object, got {checks.describe(content)}")
+    return content
 
 
 def _bert(config: Any) -> tuple[type[Encoder], EncoderConfig]:
