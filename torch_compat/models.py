@@ -32,7 +32,7 @@ class Architecture:
 
     Args:
         module: our class and our configuration, for a configuration of Transformers; raises ``ValueError`` for one
-            that asks for what our class does not do. The class is called as ``class(config, rngs=...)``.
+            that asks for what our class does not do. It is called as ``class(config, param_dtype=..., rngs=...)``.
         names: for our configuration, where each weight goes.
         rename: brings the names of a checkpoint to those of ``names``, where there are several ways to say them.
         unused: the beginnings of the names of weights that our class has no use for.
@@ -106,7 +106,7 @@ def assemble(
         ValueError: a weight is left over, missing or of the wrong shape, each named; a setting is not known.
     """
     make, ours = architecture.module(config)
-    graph, state = nnx.split(nnx.eval_shape(lambda: make(ours, rngs=nnx.Rngs(0))))
+    graph, state = nnx.split(nnx.eval_shape(lambda: make(ours, param_dtype=dtype, rngs=nnx.Rngs(0))))
     wanted = {".".join(map(str, path)): (path, variable) for path, variable in nnx.to_flat_state(state)}
     names = architecture.names(ours)
     filled: dict[Any, Any] = {}
@@ -183,9 +183,12 @@ def _file(folder: Path, name: str) -> Path:
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        return dict(json.loads(path.read_text()))
+        content = json.loads(path.read_text())
     except ValueError as error:
-        raise ValueError(f"{path.name} in {str(path.parent)!r} is not a JSON object: {error}") from error
+        raise ValueError(f"{path.name} in {str(path.parent)!r} is not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path.name} in {str(path.parent)!r} must be a JSON object, got {checks.describe(content)}")
+    return content
 
 
 def _bert(config: Any) -> tuple[type[Encoder], EncoderConfig]:

@@ -28,12 +28,12 @@ SENTENCES: tuple[str, ...] = (
     "should act towards one another in a spirit of brotherhood.",
     "Alle Menschen sind frei und gleich an Würde und Rechten geboren. Sie sind mit Vernunft und Gewissen begabt und "
     "sollen einander im Geist der Brüderlichkeit begegnen.",
-    "Tous les êtres humains naissent libres et égaux en dignité et en droits. Ils sont doués de raison et de conscience "
-    "et doivent agir les uns envers les autres dans un esprit de fraternité.",
-    "Todos los seres humanos nacen libres e iguales en dignidad y derechos y, dotados como están de razón y conciencia, "
-    "deben comportarse fraternalmente los unos con los otros.",
-    "Tutti gli esseri umani nascono liberi ed eguali in dignità e diritti. Essi sono dotati di ragione e di coscienza e "
-    "devono agire gli uni verso gli altri in spirito di fratellanza.",
+    "Tous les êtres humains naissent libres et égaux en dignité et en droits. Ils sont doués de raison et de "
+    "conscience et doivent agir les uns envers les autres dans un esprit de fraternité.",
+    "Todos los seres humanos nacen libres e iguales en dignidad y derechos y, dotados como están de razón y "
+    "conciencia, deben comportarse fraternalmente los unos con los otros.",
+    "Tutti gli esseri umani nascono liberi ed eguali in dignità e diritti. Essi sono dotati di ragione e di coscienza "
+    "e devono agire gli uni verso gli altri in spirito di fratellanza.",
     "人人生而自由，在尊严和权利上一律平等。他们赋有理性和良心，并应以兄弟关系的精神相对待。",
     "すべての人間は、生れながらにして自由であり、かつ、尊厳と権利とについて平等である。",
     "Все люди рождаются свободными и равными в своем достоинстве и правах.",
@@ -58,14 +58,15 @@ SENTENCES: tuple[str, ...] = (
     "what is the use of a book,” thought Alice “without pictures or conversations?”",
     # Speech.
     "Ask not what your country can do for you, ask what you can do for your country.",
-    "Four score and seven years ago our fathers brought forth on this continent, a new nation, conceived in Liberty, and "
-    "dedicated to the proposition that all men are created equal. Now we are engaged in a great civil war, testing "
+    "Four score and seven years ago our fathers brought forth on this continent, a new nation, conceived in Liberty, "
+    "and dedicated to the proposition that all men are created equal. Now we are engaged in a great civil war, testing "
     "whether that nation, or any nation so conceived and so dedicated, can long endure. We are met on a great "
-    "battle-field of that war. We have come to dedicate a portion of that field, as a final resting place for those who "
-    "here gave their lives that that nation might live. It is altogether fitting and proper that we should do this. "
-    "But, in a larger sense, we can not dedicate -- we can not consecrate -- we can not hallow -- this ground. The "
-    "brave men, living and dead, who struggled here, have consecrated it, far above our poor power to add or detract. "
-    "The world will little note, nor long remember what we say here, but it can never forget what they did here.",
+    "battle-field of that war. We have come to dedicate a portion of that field, as a final resting place for those "
+    "who here gave their lives that that nation might live. It is altogether fitting and proper that we should do "
+    "this. But, in a larger sense, we can not dedicate -- we can not consecrate -- we can not hallow -- this ground. "
+    "The brave men, living and dead, who struggled here, have consecrated it, far above our poor power to add or "
+    "detract. The world will little note, nor long remember what we say here, but it can never forget what "
+    "they did here.",
     # Science.
     "Water boils at 100 °C at sea level.",
     "E = mc²",
@@ -89,9 +90,9 @@ SENTENCES: tuple[str, ...] = (
     "git rebase --interactive HEAD~3",
     "for (int i = 0; i < n; i++) { sum += a[i] * b[i]; }",
     "def fibonacci(n):\n    a, b = 0, 1\n    for _ in range(n):\n        a, b = b, a + b\n    return a",
-    "def quicksort(items):\n    if len(items) <= 1:\n        return items\n    pivot, *rest = items\n    smaller = [x for x "
-    "in rest if x < pivot]\n    larger = [x for x in rest if x >= pivot]\n    return quicksort(smaller) + [pivot] + "
-    "quicksort(larger)",
+    "def quicksort(items):\n    if len(items) <= 1:\n        return items\n    pivot, *rest = items\n    smaller = [x "
+    "for x in rest if x < pivot]\n    larger = [x for x in rest if x >= pivot]\n    return quicksort(smaller) + "
+    "[pivot] + quicksort(larger)",
     '#include <stdio.h>\nint main(void) { puts("Hello"); return 0; }',
     "<!DOCTYPE html><html><head><title>404</title></head><body><h1>Not found</h1></body></html>",
     '{"model_type": "bert", "hidden_size": 384, "num_hidden_layers": 6}',

@@ -1,13 +1,14 @@
 """The encoder of the BERT family in ``flax.nnx``: padding masks, and the mean of what is valid."""
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, DTypeLike, Float, Int
 
 from jaxmask import checks
 from jaxmask.dispatch import Implementation, attention
@@ -55,13 +56,13 @@ class EncoderConfig:
 class EncoderLayer(nnx.Module):
     """Attention, then an MLP, each added to its input and normed after that."""
 
-    def __init__(self, config: EncoderConfig, *, rngs: nnx.Rngs) -> None:
+    def __init__(self, config: EncoderConfig, param_dtype: DTypeLike, rngs: nnx.Rngs) -> None:
+        linear = partial(nnx.Linear, param_dtype=param_dtype, rngs=rngs)
         dim, self.heads = config.dim, config.heads
-        self.query, self.key, self.value, self.out = (nnx.Linear(dim, dim, rngs=rngs) for _ in range(4))
-        self.attention_norm = _norm(config, rngs)
-        self.up = nnx.Linear(dim, config.hidden_dim, rngs=rngs)
-        self.down = nnx.Linear(config.hidden_dim, dim, rngs=rngs)
-        self.mlp_norm = _norm(config, rngs)
+        self.query, self.key, self.value, self.out = (linear(dim, dim) for _ in range(4))
+        self.attention_norm = _norm(config, param_dtype, rngs)
+        self.up, self.down = linear(dim, config.hidden_dim), linear(config.hidden_dim, dim)
+        self.mlp_norm = _norm(config, param_dtype, rngs)
 
     def __call__(self, hidden: Hidden, mask: Mask, implementation: Implementation | None = None) -> Hidden:
         heads = (*hidden.shape[:2], self.heads, -1)
@@ -78,6 +79,7 @@ class Encoder(nnx.Module):
 
     Args:
         config: the sizes.
+        param_dtype: of the weights, and so of what is computed.
         rngs: for random weights.
 
     Source: ``transformers.BertModel``, without its pooler and its dropout.
@@ -89,13 +91,13 @@ class Encoder(nnx.Module):
     ((2, 3, 16), (2, 16))
     """
 
-    def __init__(self, config: EncoderConfig, *, rngs: nnx.Rngs) -> None:
+    def __init__(self, config: EncoderConfig, *, param_dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs) -> None:
+        embed = partial(nnx.Embed, features=config.dim, param_dtype=param_dtype, rngs=rngs)
         self.config = config
-        self.words = nnx.Embed(config.vocab_size, config.dim, rngs=rngs)
-        self.positions = nnx.Embed(config.max_length, config.dim, rngs=rngs)
-        self.types = nnx.Embed(config.token_types, config.dim, rngs=rngs)
-        self.norm = _norm(config, rngs)
-        self.layers = nnx.List([EncoderLayer(config, rngs=rngs) for _ in range(config.layers)])
+        self.words, self.positions = embed(config.vocab_size), embed(config.max_length)
+        self.types = embed(config.token_types)
+        self.norm = _norm(config, param_dtype, rngs)
+        self.layers = nnx.List([EncoderLayer(config, param_dtype, rngs) for _ in range(config.layers)])
 
     def __call__(
         self,
@@ -171,6 +173,8 @@ def _like(tokens: Any, name: str, given: Any, kinds: str) -> Any:
     return given
 
 
-def _norm(config: EncoderConfig, rngs: nnx.Rngs) -> nnx.LayerNorm:
+def _norm(config: EncoderConfig, param_dtype: DTypeLike, rngs: nnx.Rngs) -> nnx.LayerNorm:
     # A variance that is the difference of two means loses the digits that PyTorch keeps.
-    return nnx.LayerNorm(config.dim, epsilon=config.epsilon, use_fast_variance=False, rngs=rngs)
+    return nnx.LayerNorm(
+        config.dim, epsilon=config.epsilon, use_fast_variance=False, param_dtype=param_dtype, rngs=rngs
+    )

@@ -1,0 +1,121 @@
+"""Cross-attention over padded texts: the logits of T5 in Flax are PyTorch's, all at once, in chunks, step by step."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from flax import nnx
+from transformers import T5Config, T5ForConditionalGeneration
+from transformers.models.t5.modeling_t5 import T5Attention
+
+from jaxmask import Padding, attention, expand_mask
+from tests import encoder_decoder
+from torch_compat import models
+
+BATCH, LENGTH, PROMPT, STEPS = 3, 14, 9, 16
+TOTAL = PROMPT + STEPS
+position = np.arange(LENGTH)
+PADDINGS = {
+    "none": np.ones((BATCH, LENGTH), int),
+    "right": (position < np.array([[14], [6], [1]])).astype(int),
+    "left": (position >= np.array([[0], [5], [13]])).astype(int),
+}
+every_padding = pytest.mark.parametrize("valid", PADDINGS.values(), ids=PADDINGS)
+rng = np.random.default_rng(0)
+TEXT, ANSWER = rng.integers(0, 64, (BATCH, LENGTH)), rng.integers(0, 64, (BATCH, TOTAL))
+
+
+@pytest.fixture(scope="module")
+def theirs() -> T5ForConditionalGeneration:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        # So few buckets, and a distance so short, that all of them are used.
+        config = T5Config(
+            vocab_size=64,
+            d_model=32,
+            d_kv=8,
+            d_ff=48,
+            num_layers=2,
+            num_heads=4,
+            relative_attention_num_buckets=8,
+            relative_attention_max_distance=12,
+        )
+        return T5ForConditionalGeneration(config).eval()
+
+
+@pytest.fixture(scope="module")
+def ours(theirs: Any) -> encoder_decoder.T5:
+    return models.assemble(encoder_decoder.ARCHITECTURE, theirs.config, theirs.state_dict())
+
+
+def expected(theirs: Any, valid: np.ndarray) -> np.ndarray:
+    tensors = (torch.from_numpy(array) for array in (TEXT, valid, ANSWER))
+    with torch.no_grad():
+        return theirs(**dict(zip(("input_ids", "attention_mask", "decoder_input_ids"), tensors, strict=True))).logits
+
+
+def found(ours: encoder_decoder.T5, valid: np.ndarray, pieces: list[int]) -> tuple[np.ndarray, int]:
+    """The logits of the answer, read in pieces, and how often the reading of one was traced."""
+    traces: list[Any] = []
+
+    @nnx.jit
+    def decode(model: encoder_decoder.T5, tokens: jax.Array, *state: Any) -> Any:
+        traces.append(tokens)
+        return model.decode(tokens, *state)
+
+    encoded = nnx.jit(lambda model: model.encode(TEXT, valid))(ours)
+    buffers, logits, offset = ours.buffers(BATCH, TOTAL), list[Any](), 0
+    for piece in pieces:
+        tokens = jnp.asarray(ANSWER[:, offset : offset + piece])
+        some, buffers = decode(ours, tokens, encoded, jnp.asarray(valid), buffers, jnp.int32(offset))
+        logits.append(some)
+        offset += piece
+    return np.concatenate(logits, 1), len(traces)
+
+
+def close(found: Any, expected: Any) -> None:
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
+
+
+@every_padding
+def test_logits_of_a_whole_answer_are_those_of_t5(theirs: Any, ours: Any, valid: np.ndarray) -> None:
+    close(found(ours, valid, [TOTAL])[0], expected(theirs, valid))
+
+
+def test_a_prompt_in_chunks_and_then_step_by_step_has_the_logits_of_t5(theirs: Any, ours: Any) -> None:
+    valid = PADDINGS["left"]
+    logits, traces = found(ours, valid, [3, 3, 3, *[1] * STEPS])
+    close(logits, expected(theirs, valid))
+    # Once for the chunks, and once for the steps.
+    assert traces == 2
+
+
+def test_the_padding_matters_to_the_logits(theirs: Any, ours: Any) -> None:
+    unpadded = found(ours, PADDINGS["none"], [TOTAL])[0]
+    assert np.abs(unpadded - np.asarray(expected(theirs, PADDINGS["left"])))[1:].max() > 1e-2
+
+
+@pytest.mark.parametrize("both_ways", [True, False])
+@pytest.mark.parametrize("sizes", [(32, 128), (8, 12)])
+def test_buckets_of_distances_are_those_of_t5(both_ways: bool, sizes: tuple[int, int]) -> None:
+    distances = np.arange(-300, 301)
+    theirs = T5Attention._relative_position_bucket(torch.from_numpy(distances), both_ways, *sizes)
+    np.testing.assert_array_equal(encoder_decoder.bucket(jnp.asarray(distances), *sizes, both_ways), theirs)
+
+
+@every_padding
+@pytest.mark.parametrize("implementation", ["xla", "blocked"])
+def test_expand_mask_with_a_target_length_is_the_padding_of_cross_attention(
+    valid: np.ndarray, implementation: Any
+) -> None:
+    query, key, value = (
+        jnp.asarray(rng.standard_normal((BATCH, length, 4, 8)), jnp.float32) for length in (PROMPT, LENGTH, LENGTH)
+    )
+    bias = expand_mask(valid, PROMPT)
+    assert bias.shape == (BATCH, 1, PROMPT, LENGTH)
+    by_bias = attention(query, key, value, bias=bias, implementation=implementation)
+    by_mask = attention(query, key, value, Padding(valid), implementation=implementation)
+    np.testing.assert_array_equal(by_bias, by_mask)

@@ -1,0 +1,130 @@
+"""Weights of Transformers in models of ours: from an object, a folder, in shards, in bfloat16, tied."""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from flax import nnx
+from safetensors.torch import load_file, save_file
+from transformers import BertConfig, BertForMaskedLM, BertModel
+
+from jaxmask import checks
+from torch_compat import models
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 16,
+}
+
+
+@pytest.fixture(scope="module")
+def bert() -> BertModel:
+    return BertModel(BertConfig(**SIZES)).eval()
+
+
+def weights(model: Any) -> dict[str, np.ndarray]:
+    flat = nnx.to_flat_state(nnx.state(model))
+    return {".".join(map(str, path)): np.asarray(variable[...]) for path, variable in flat}
+
+
+def same(one: Any, other: Any) -> None:
+    jax.tree.map(np.testing.assert_array_equal, weights(one), weights(other))
+
+
+def test_a_linear_layer_is_transposed_and_the_others_are_as_they_are(bert: BertModel) -> None:
+    found, state = weights(models.load(bert)), bert.state_dict()
+    np.testing.assert_array_equal(found["layers.1.up.kernel"], state["encoder.layer.1.intermediate.dense.weight"].T)
+    np.testing.assert_array_equal(found["layers.0.down.bias"], state["encoder.layer.0.output.dense.bias"])
+    np.testing.assert_array_equal(found["words.embedding"], state["embeddings.word_embeddings.weight"])
+    np.testing.assert_array_equal(found["norm.scale"], state["embeddings.LayerNorm.weight"])
+
+
+def test_what_needs_no_change_is_not_copied(bert: BertModel) -> None:
+    theirs = bert.embeddings.word_embeddings.weight
+    # JAX shares what is aligned to 64 bytes, and copies the rest.
+    assert theirs.data_ptr() % 64 == 0
+    assert models.load(bert).words.embedding[...].unsafe_buffer_pointer() == theirs.data_ptr()
+
+
+def test_a_folder_has_the_weights_of_the_model_saved_to_it(bert: BertModel, tmp_path: Path) -> None:
+    bert.save_pretrained(tmp_path)
+    same(models.load(tmp_path), models.load(bert))
+    same(models.load(str(tmp_path)), models.load(bert))
+
+
+def test_a_folder_in_shards_has_the_weights_of_the_model(bert: BertModel, tmp_path: Path) -> None:
+    bert.save_pretrained(tmp_path, max_shard_size="20KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    same(models.load(tmp_path), models.load(bert))
+
+
+def test_weights_in_bfloat16_are_read_and_kept_where_asked(bert: BertModel, tmp_path: Path) -> None:
+    half: Any = BertModel(bert.config).bfloat16()
+    half.save_pretrained(tmp_path)
+    kept, widened = models.load(tmp_path, dtype=jnp.bfloat16), models.load(tmp_path)
+    tokens = np.array([[1, 2, 3]])
+    assert kept(tokens).dtype == jnp.bfloat16
+    assert widened(tokens).dtype == jnp.float32
+    same(widened, models.load(half.float()))
+    for name, found in weights(kept).items():
+        assert found.dtype == jnp.bfloat16
+        np.testing.assert_array_equal(found.astype(np.float32), weights(widened)[name])
+
+
+def test_a_head_of_pretraining_is_left_out(bert: BertModel, tmp_path: Path) -> None:
+    under_a_head = BertForMaskedLM(bert.config)
+    under_a_head.bert.load_state_dict(bert.state_dict(), strict=False)
+    same(models.load(under_a_head), models.load(bert))
+
+
+def test_the_oldest_names_of_norms_are_read(bert: BertModel, tmp_path: Path) -> None:
+    bert.save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    old = {"weight": "gamma", "bias": "beta"}
+    renamed = {
+        f"{name.rpartition('.')[0]}.{old[name.rpartition('.')[2]]}" if "LayerNorm" in name else name: tensor.clone()
+        for name, tensor in load_file(file).items()
+    }
+    save_file(renamed, file)
+    same(models.load(tmp_path), models.load(bert))
+
+
+def test_no_random_weights_are_made(bert: BertModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*arguments: Any, **named: Any) -> Any:
+        # Tracing is fine, for it makes nothing.
+        assert all(map(checks.is_traced, jax.tree.leaves(arguments[:1])))
+        return normal(*arguments, **named)
+
+    normal = jax.random.normal
+    monkeypatch.setattr(jax.random, "normal", refuse)
+    models.load(bert)
+
+
+class Tied(nnx.Module):
+    """One matrix, in and out."""
+
+    def __init__(self, size: int, *, param_dtype: Any, rngs: nnx.Rngs) -> None:
+        self.words = nnx.Embed(size, 3, param_dtype=param_dtype, rngs=rngs)
+
+
+TIED = models.Architecture(
+    lambda config: (Tied, config.vocab_size),
+    lambda size: models.embedding("embed", "words"),
+    ties={"lm_head.weight": "embed.weight"},
+)
+MATRIX = torch.arange(12.0).reshape(4, 3)
+FOUR: Any = BertConfig(vocab_size=4)
+
+
+@pytest.mark.parametrize("head", [{}, {"lm_head.weight": MATRIX}, {"lm_head.weight": MATRIX.clone()}])
+def test_a_tied_weight_may_be_absent_or_the_same(head: dict[str, torch.Tensor]) -> None:
+    model = models.assemble(TIED, FOUR, {"embed.weight": MATRIX, **head})
+    np.testing.assert_array_equal(model.words.embedding[...], MATRIX)
