@@ -392,7 +392,7 @@ def test_bridge_refuses_what_it_would_have_to_change() -> None:
 def test_real_model_has_the_same_hidden_states_under_our_mask(attention: str) -> None:
     result = minilm.check(attention)  # pyright: ignore[reportArgumentType]
     assert result.layers == 7
-    assert result.agrees_layers == result.layers
+    assert result.identical_layers == result.layers
     assert result.mask_matters
 
 
@@ -401,7 +401,7 @@ def test_models_of_transformers_have_the_same_outputs_under_our_masks(name: str)
     result = tiny_models.check(name)
     steps = 1 if name == "BERT" else 1 + tiny_models.STEPS
     assert result.outputs == result.runs * steps
-    assert result.agrees_outputs == result.outputs
+    assert result.identical_outputs == result.outputs
     assert result.masks >= result.outputs
     assert result.mask_matters
 
@@ -418,7 +418,7 @@ def test_a_fault_in_a_mask_shows_in_a_model(name: str, monkeypatch: pytest.Monke
 
     monkeypatch.setattr(jax_masking_utils, name, faulty)
     result = tiny_models.check("Gemma-2")
-    assert result.agrees_outputs < result.outputs
+    assert result.identical_outputs < result.outputs
     assert not result.agrees
 
 

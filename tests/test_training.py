@@ -22,8 +22,13 @@ def tiny_llama() -> Any:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         sizes: dict[str, Any] = {"vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48}
-        heads = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
-        return LlamaForCausalLM(LlamaConfig(**sizes, **heads, initializer_range=0.1))
+        sizes |= {
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 8,
+        }
+        return LlamaForCausalLM(LlamaConfig(**sizes, initializer_range=0.1))
 
 
 def documents() -> list[np.ndarray]:

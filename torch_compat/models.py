@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 import torch
 from flax import nnx
 from jaxtyping import DTypeLike
@@ -56,8 +57,7 @@ def load(source: PreTrainedModel | str | Path, *, gguf_file: str | None = None, 
         dtype: of the parameters, and so of what is computed.
 
     Returns:
-        An ``nnx.Module``: what :data:`ARCHITECTURES` says of the ``model_type``. Where dtype and layout are the same,
-        it shares the memory of the model object: do not train that one on.
+        An ``nnx.Module``: what :data:`ARCHITECTURES` says of the ``model_type``. It shares no memory with the source.
 
     Raises:
         FileNotFoundError: the folder, or what a checkpoint consists of, is not there.
@@ -122,7 +122,9 @@ def assemble(
         if tuple(tensor.shape) != variable.shape:
             problems.append(f"{name} is {list(tensor.shape)} where {target} is {list(variable.shape)}")
             continue
-        filled[path] = variable.replace(to_jax(tensor.to(getattr(torch, jnp.dtype(dtype).name))))
+        # A copy, for the source may be trained on; and not committed to a device, as arrays from DLPack are.
+        copy = jnp.array(np.asarray(to_jax(tensor.to(getattr(torch, jnp.dtype(dtype).name)))))
+        filled[path] = variable.replace(copy)
     sources = {target: name for name, (target, _) in names.items()}
     problems += [f"{sources[target]} is missing, for {target}" for target in wanted]
     if problems:

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 from jaxmask.flax import generate, left_pad
-from jaxmask.flax.generate import decode
+from jaxmask.flax.generate import decode, prefill
 from torch_compat.models import load
 from torch_compat.sentences import SENTENCES
 
@@ -42,7 +42,7 @@ class GenerationCheck:
     # How many prompts gave the same tokens alone, prefilled in chunks, as in the batch, but for ties.
     same_alone: int
     largest_difference: float
-    # Of the logits where padding is attended to, too; else this would say nothing about masks.
+    # Of the logits after the prompts where padding is attended to; must be large, or this would say nothing of masks.
     difference_without_mask: float
 
     @property
@@ -57,7 +57,7 @@ class GenerationCheck:
 
     def describe(self) -> str:
         """One line for a person."""
-        within = "within" if self.largest_difference <= LOGITS else f"{self.largest_difference:.1e}, not within"
+        within = "within" if self.largest_difference <= LOGITS else f"off by {self.largest_difference:.1e}, not within"
         line = (
             f"SmolLM2 in Flax, {self.prompts} prompts of {self.lengths[0]} to {self.lengths[1]} tokens in one batch: "
             f"{self.equal} of {self.compared} generated tokens are PyTorch's, {self.same_alone} of {self.prompts} "
@@ -108,7 +108,7 @@ def compare() -> GenerationCheck:
     counts, ties = _until_ties(found, wanted, logits)
     alone = np.stack([_alone(model, prompt, tokens.shape[1] + NEW) for prompt in prompts])
     same = [(row[:count] == own[:count]).all() for row, own, count in zip(found, alone, counts, strict=True)]
-    differences = [_largest_difference(model, tokens, mask, wanted, logits) for mask in (valid, valid | True)]
+    difference, without_mask = _differences(model, tokens, valid, wanted, logits)
     return GenerationCheck(
         prompts=len(prompts),
         lengths=(min(map(len, prompts)), max(map(len, prompts))),
@@ -116,8 +116,8 @@ def compare() -> GenerationCheck:
         equal=sum(int((row[:n] == right[:n]).sum()) for row, right, n in zip(found, wanted, counts, strict=True)),
         ties=ties,
         same_alone=int(sum(same)),
-        largest_difference=differences[0],
-        difference_without_mask=differences[1],
+        largest_difference=difference,
+        difference_without_mask=without_mask,
     )
 
 
@@ -140,42 +140,32 @@ def _alone(model: Any, prompt: list[int], length: int) -> Any:
     graph, state = nnx.split(model)
     cache, logits = model.empty_cache(1, length), None
     for start in range(0, len(prompt), CHUNK):
-        chunk = np.array([prompt[start : start + CHUNK]], np.int32)
-        padding = CHUNK - chunk.shape[1]
-        is_token = np.arange(CHUNK)[None] < chunk.shape[1]
-        logits, cache = _chunk(graph, state, cache, np.pad(chunk, ((0, 0), (0, padding))), is_token)
+        chunk = prompt[start : start + CHUNK]
+        tokens = jnp.array([chunk + [0] * (CHUNK - len(chunk))], jnp.int32)
+        logits, cache = prefill(graph, state, cache, tokens, jnp.arange(CHUNK)[None] < len(chunk))
     ends = jnp.zeros(0, jnp.int32)
-    return decode(graph, state, cache, logits, None, ends, jnp.int32(0), new=NEW, top_k=None, on_tokens=None)[0].tokens[0]
+    result, _ = decode(graph, state, cache, logits, None, ends, jnp.int32(0), new=NEW, top_k=None, on_tokens=None)
+    return result.tokens[0]
 
 
-_chunk: Any = jax.jit(
-    lambda graph, state, cache, tokens, valid: _last(nnx.merge(graph, state)(tokens, valid, cache=cache, last_only=True)),
-    static_argnums=0,
-)
-
-
-def _last(result: Any) -> Any:
-    logits, cache = result
-    return logits[:, 0], cache
-
-
-def _largest_difference(model: Any, tokens: Any, valid: Any, wanted: Any, logits: Any) -> float:
-    """Between our logits and PyTorch's at every step, each after PyTorch's tokens."""
+def _differences(model: Any, tokens: Any, valid: Any, wanted: Any, logits: Any) -> tuple[float, float]:
+    """Of our logits from PyTorch's, at every step after PyTorch's tokens; and at the first, without a mask."""
     graph, state = nnx.split(model)
-    return float(_differences(graph, state, model.empty_cache(len(tokens), tokens.shape[1] + NEW), tokens, valid, wanted, logits))
 
+    def start(valid: Any) -> Any:
+        cache = model.empty_cache(len(tokens), tokens.shape[1] + NEW - 1)
+        return prefill(graph, state, cache, jnp.asarray(tokens), jnp.asarray(valid))
 
-def _run_differences(graph: Any, state: Any, cache: Any, tokens: Any, valid: Any, wanted: Any, logits: Any) -> Any:
-    first, cache = nnx.merge(graph, state)(tokens, valid, cache=cache, last_only=True)
+    @jax.jit
+    def run(state: Any, cache: Any, wanted: Any, logits: Any) -> Any:
+        def step(cache: Any, given: Any) -> Any:
+            token, right = given
+            found, cache = nnx.merge(graph, state)(token[:, None], cache=cache)
+            return cache, jnp.abs(found[:, 0] - right).max()
 
-    def step(cache: Any, given: Any) -> Any:
-        token, right = given
-        found, cache = nnx.merge(graph, state)(token[:, None], cache=cache)
-        return cache, jnp.abs(found[:, 0] - right).max()
+        return lax.scan(step, cache, (wanted[:, :-1].swapaxes(0, 1), logits[:, 1:].swapaxes(0, 1)))[1].max()
 
-    steps = jnp.moveaxis(wanted[:, :-1], 1, 0), jnp.moveaxis(logits[:, 1:], 1, 0)
-    _, differences = lax.scan(step, cache, steps)
-    return jnp.maximum(differences.max(), jnp.abs(first[:, 0] - logits[:, 0]).max())
-
-
-_differences: Any = jax.jit(_run_differences, static_argnums=0)
+    first, cache = start(valid)
+    unmasked, _ = start(valid | True)
+    at_first, without_mask = (float(jnp.abs(found - logits[:, 0]).max()) for found in (first, unmasked))
+    return max(at_first, float(run(state, cache, wanted, logits))), without_mask

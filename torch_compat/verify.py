@@ -28,7 +28,16 @@ from transformers import modeling_attn_mask_utils as transformers_masks
 from jaxmask import TileMap
 from jaxmask.hf import masking_utils as jax_masking_utils
 from jaxmask.hf import modeling_attn_mask_utils as jax_masks
-from torch_compat import attention, attention_cases, masking_cases, minilm, reference, tiny_models
+from torch_compat import (
+    attention,
+    attention_cases,
+    masking_cases,
+    minilm,
+    real_models,
+    reference,
+    smollm2,
+    tiny_models,
+)
 from torch_compat import cases as older_cases
 from torch_compat.blocks import to_block_mask
 from torch_compat.bridge import bits, to_torch
@@ -39,10 +48,13 @@ OPERATIONS = (*older_cases.OPERATIONS, *masking_cases.OPERATIONS)
 ALL_OPERATIONS = (*OPERATIONS, *attention.OPERATIONS)
 ALL_ORACLES = (*ORACLES, *attention.ORACLES)
 DEFAULT_CASES, DEFAULT_ATTENTION_CASES = 240, 12
-MODELS: tuple[Callable[[], minilm.ModelCheck | tiny_models.ModelCheck], ...] = (
+ModelCheck = minilm.ModelCheck | tiny_models.ModelCheck | real_models.EmbeddingsCheck | smollm2.GenerationCheck
+MODELS: tuple[Callable[[], ModelCheck], ...] = (
     partial(minilm.check, "eager"),
     partial(minilm.check, "sdpa"),
     *(partial(tiny_models.check, name) for name in tiny_models.MODELS),
+    real_models.compare_minilm,
+    smollm2.compare,
 )
 
 
@@ -290,10 +302,6 @@ def run(
                 console.print(f"{operation}: {total - differences} of {total} {agree}")
     for table in _tables(rows, dtypes):
         console.print(table)
-    models: list[minilm.ModelCheck | tiny_models.ModelCheck] = []
-    for check in MODELS if operations is comparable else ():
-        models.append(check())
-        console.print(models[-1].describe(), soft_wrap=True)
     for row in rows:
         if row.first_difference is not None:
             where = f"{row.operation}, {row.dtype}, against {row.oracle}: {row.cases - row.equal} of {row.cases} differ"
@@ -310,6 +318,10 @@ def run(
     if of_bits:
         total, differences = _totals(of_bits)
         console.print(f"{total:,} comparisons, bit for bit: {differences} differences")
+    models: list[ModelCheck] = []
+    for check in MODELS if operations is comparable else ():
+        models.append(check())
+        console.print(models[-1].describe(), soft_wrap=True)
     total, differences = _totals(rows)
     if report is not None:
         content = {

@@ -7,13 +7,14 @@ What differs between the models is in :class:`DecoderConfig`; what differs betwe
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, DTypeLike, Float, Int
 
 from jaxmask import checks
 from jaxmask.dispatch import Implementation, attention
@@ -152,16 +153,17 @@ class DecoderConfig:
 class Attention(nnx.Module):
     """Grouped-query attention with rotary embeddings, over the text at hand or over a cache."""
 
-    def __init__(self, config: DecoderConfig, layer: DecoderLayer, rngs: nnx.Rngs) -> None:
+    def __init__(self, config: DecoderConfig, layer: DecoderLayer, param_dtype: DTypeLike, rngs: nnx.Rngs) -> None:
         self.config, self.layer = config, layer
         into, out_of = config.head_dim * config.heads, config.head_dim * config.kv_heads
-        self.query = nnx.Linear(config.dim, into, use_bias=config.qkv_bias, rngs=rngs)
-        self.key = nnx.Linear(config.dim, out_of, use_bias=config.qkv_bias, rngs=rngs)
-        self.value = nnx.Linear(config.dim, out_of, use_bias=config.qkv_bias, rngs=rngs)
-        self.out = nnx.Linear(into, config.dim, use_bias=config.out_bias, rngs=rngs)
+        linear = partial(nnx.Linear, param_dtype=param_dtype, rngs=rngs)
+        self.query = linear(config.dim, into, use_bias=config.qkv_bias)
+        self.key = linear(config.dim, out_of, use_bias=config.qkv_bias)
+        self.value = linear(config.dim, out_of, use_bias=config.qkv_bias)
+        self.out = linear(into, config.dim, use_bias=config.out_bias)
         weighted = config.qk_norm == "weighted"
-        self.query_norm = _norm(config, config.head_dim, rngs) if weighted else None
-        self.key_norm = _norm(config, config.head_dim, rngs) if weighted else None
+        self.query_norm = _norm(config, config.head_dim, param_dtype, rngs) if weighted else None
+        self.key_norm = _norm(config, config.head_dim, param_dtype, rngs) if weighted else None
 
     def __call__(
         self,
@@ -202,12 +204,12 @@ class Attention(nnx.Module):
 class FeedForward(nnx.Module):
     """Two projections, one the gate of the other, and a third back (https://arxiv.org/abs/2002.05202)."""
 
-    def __init__(self, config: DecoderConfig, rngs: nnx.Rngs) -> None:
-        more: Any = {"use_bias": config.hidden_bias, "rngs": rngs}
+    def __init__(self, config: DecoderConfig, param_dtype: DTypeLike, rngs: nnx.Rngs) -> None:
+        linear = partial(nnx.Linear, use_bias=config.hidden_bias, param_dtype=param_dtype, rngs=rngs)
         self.activation = ACTIVATIONS[config.activation]
-        self.gate = nnx.Linear(config.dim, config.hidden_dim, **more)
-        self.up = nnx.Linear(config.dim, config.hidden_dim, **more)
-        self.down = nnx.Linear(config.hidden_dim, config.dim, **more)
+        self.gate = linear(config.dim, config.hidden_dim)
+        self.up = linear(config.dim, config.hidden_dim)
+        self.down = linear(config.hidden_dim, config.dim)
 
     def __call__(self, x: Float[Array, "batch q dim"]) -> Float[Array, "batch q dim"]:
         return self.down(self.activation(self.gate(x)) * self.up(x))
@@ -216,13 +218,13 @@ class FeedForward(nnx.Module):
 class Block(nnx.Module):
     """One layer."""
 
-    def __init__(self, config: DecoderConfig, layer: DecoderLayer, rngs: nnx.Rngs) -> None:
-        self.attention_norm = _norm(config, config.dim, rngs)
-        self.attention = Attention(config, layer, rngs)
-        self.attention_post_norm = _norm(config, config.dim, rngs) if config.post_norm else None
-        self.feed_forward_norm = _norm(config, config.dim, rngs)
-        self.feed_forward = FeedForward(config, rngs)
-        self.feed_forward_post_norm = _norm(config, config.dim, rngs) if config.post_norm else None
+    def __init__(self, config: DecoderConfig, layer: DecoderLayer, param_dtype: DTypeLike, rngs: nnx.Rngs) -> None:
+        self.attention_norm = _norm(config, config.dim, param_dtype, rngs)
+        self.attention = Attention(config, layer, param_dtype, rngs)
+        self.attention_post_norm = _norm(config, config.dim, param_dtype, rngs) if config.post_norm else None
+        self.feed_forward_norm = _norm(config, config.dim, param_dtype, rngs)
+        self.feed_forward = FeedForward(config, param_dtype, rngs)
+        self.feed_forward_post_norm = _norm(config, config.dim, param_dtype, rngs) if config.post_norm else None
 
     def __call__(self, x: Array, *where: Any) -> tuple[Array, LayerCache | None]:
         out, cache = self.attention(self.attention_norm(x), *where)
@@ -236,7 +238,8 @@ class Decoder(nnx.Module):
 
     Args:
         config: its sizes, and what its layers are.
-        rngs: for random weights, in float32. In those of another dtype it is computed, but for norms and softmax.
+        param_dtype: of the weights, and so of what is computed; norms and softmax are in float32.
+        rngs: for random weights.
 
     >>> layers = DecoderLayer(), DecoderLayer(window=4)
     >>> config = DecoderConfig(16, 8, 16, heads=2, kv_heads=1, head_dim=4, layers=layers)
@@ -248,12 +251,13 @@ class Decoder(nnx.Module):
     True
     """
 
-    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs) -> None:
+    def __init__(self, config: DecoderConfig, *, param_dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs) -> None:
         self.config = config
-        self.embedding = nnx.Embed(config.vocab_size, config.dim, rngs=rngs)
-        self.blocks = nnx.List([Block(config, layer, rngs) for layer in config.layers])
-        self.norm = _norm(config, config.dim, rngs)
-        self.head = None if config.tied else nnx.Linear(config.dim, config.vocab_size, use_bias=False, rngs=rngs)
+        self.embedding = nnx.Embed(config.vocab_size, config.dim, param_dtype=param_dtype, rngs=rngs)
+        self.blocks = nnx.List([Block(config, layer, param_dtype, rngs) for layer in config.layers])
+        self.norm = _norm(config, config.dim, param_dtype, rngs)
+        head = partial(nnx.Linear, use_bias=False, param_dtype=param_dtype, rngs=rngs)
+        self.head = None if config.tied else head(config.dim, config.vocab_size)
 
     def empty_cache(self, batch: int, length: int) -> Cache:
         """A cache for ``batch`` texts of at most ``length`` tokens; see :meth:`Cache.empty` for what it raises."""
@@ -308,7 +312,7 @@ class Decoder(nnx.Module):
         mask = Full() if mask is None else mask
         if valid is not None:
             mask = mask & Padding(valid)
-        # nnx.Embed would compute in the dtype with which it was made. NaN for what is no token.
+        # NaN for what is no token.
         embedding = self.embedding.embedding[...]
         x = jnp.take(embedding, jnp.asarray(tokens), axis=0) * self.config.embedding_scale
         layers: list[Any] = [None] * len(self.blocks) if cache is None else list(cache.layers)
@@ -324,8 +328,8 @@ class Decoder(nnx.Module):
         return logits, None if step is None else step.end(layers)
 
 
-def _norm(config: DecoderConfig, size: int, rngs: nnx.Rngs) -> nnx.RMSNorm:
-    return nnx.RMSNorm(size, epsilon=config.epsilon, rngs=rngs)
+def _norm(config: DecoderConfig, size: int, param_dtype: DTypeLike, rngs: nnx.Rngs) -> nnx.RMSNorm:
+    return nnx.RMSNorm(size, epsilon=config.epsilon, param_dtype=param_dtype, rngs=rngs)
 
 
 def _normed(x: Array, epsilon: float) -> Array:
