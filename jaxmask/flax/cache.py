@@ -262,9 +262,9 @@ class Cache:
                     f"valid must say of each of {batch} x {count} tokens whether it is one, got "
                     f"{checks.describe(valid)}"
                 )
-            valid = jnp.asarray(valid)
-            new = valid.sum(1, dtype=jnp.int32)
-            padding = valid.argmax(1).astype(jnp.int32)
+            # In NumPy where it is known, so that it can be refused in the middle of a trace.
+            valid = valid if checks.is_traced(valid) else np.asarray(valid)
+            new, padding = valid.sum(1, dtype=np.int32), valid.argmax(1).astype(np.int32)
             offset = before - padding
             index = np.arange(count) - padding[:, None]
             fits = (valid == ((index >= 0) & (index < new[:, None]))).all(1)

@@ -298,6 +298,8 @@ class Decoder(nnx.Module):
                 f"valid must say of each of {' x '.join(map(str, tokens.shape))} tokens whether it is one, got "
                 f"{checks.describe(valid)}"
             )
+        if cache is not None and len(cache.tokens) != len(tokens):
+            raise ValueError(f"tokens must have a row for each of the cache's {len(cache.tokens)}, got {len(tokens)}")
         if cache is not None and (mask is not None or positions is not None):
             raise ValueError(
                 "mask and positions are for a text without a cache, which knows the positions of its tokens; leave "

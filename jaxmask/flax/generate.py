@@ -111,10 +111,6 @@ def generate(
     new = checks.integer("max_new_tokens", max_new_tokens, 1)
     if not batch or not length:
         raise ValueError(f"tokens must hold prompts of at least one token, got {checks.describe(tokens)}")
-    if valid is not None and checks.array("valid", valid, "b", 2).shape != (batch, length):
-        raise ValueError(f"valid must be as tokens, {[batch, length]}, got {checks.describe(valid)}")
-    if valid is not None and not checks.is_traced(valid) and not (counts := np.asarray(valid).sum(1)).all():
-        raise ValueError(f"each prompt must have a token, but by valid that of row {int(counts.argmin())} has none")
     needed = length + new - 1
     if cache_length is not None and needed > checks.integer("cache_length", cache_length, 1):
         raise ValueError(
@@ -131,6 +127,9 @@ def generate(
         raise ValueError(f"top_p must be above 0 and at most 1, got {top_p}")
     graph, state = nnx.split(model)
     cache = model.empty_cache(batch, needed if cache_length is None else cache_length)
+    cache.step(length, valid)  # here, where what is wrong with valid can still be refused
+    if valid is not None and not checks.is_traced(valid) and not (some := np.asarray(valid).any(1)).all():
+        raise ValueError(f"each prompt must have a token, but by valid that of row {int(some.argmin())} has none")
     logits, cache = prefill(graph, state, cache, jnp.asarray(tokens), None if valid is None else jnp.asarray(valid))
     draw = None if not temperature else (key, jnp.float32(temperature), None if top_p is None else jnp.float32(top_p))
     ends = jnp.asarray(tuple(end), jnp.int32)

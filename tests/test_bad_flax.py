@@ -1,0 +1,142 @@
+"""Bad input of caches, decoders and generation is refused at once, and says what to do."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen, nnx
+
+import jaxmask
+from jaxmask import Causal, SlidingWindow
+from jaxmask.flax import Cache, Decoder, DecoderConfig, DecoderLayer, generate, left_pad
+from tests.bad import bad, refusals
+
+VALUE, TYPE = ValueError, TypeError
+MODEL = Decoder(
+    DecoderConfig(16, 8, 16, heads=2, kv_heads=1, head_dim=4, layers=(DecoderLayer(), DecoderLayer(window=4))),
+    rngs=nnx.Rngs(0),
+)
+TOKENS, VALID = left_pad([[1, 2, 3], [4]])
+
+
+def empty(batch: Any = 2, length: Any = 8, layers: Any = (None, 4), **how: Any) -> Cache:
+    return Cache.empty(batch, length, layers=layers, **({"kv_heads": 1, "dim": 4} | how))
+
+
+def update(cache: Cache, count: int, key: Any = None, value: Any = None) -> Any:
+    new = jnp.zeros((2, count, 1, 4))
+    return cache.layers[0].update(cache.step(count), new if key is None else key, new if value is None else value)
+
+
+def run(tokens: Any = TOKENS, valid: Any = VALID, **how: Any) -> Any:
+    return generate(MODEL, tokens, valid, **({"max_new_tokens": 2} | how))
+
+
+CACHE = [
+    bad("batch", lambda: empty(0), VALUE, "batch must be at least 1", "got 0"),
+    bad("length", lambda: empty(length=2.0), TYPE, "length must be a Python int", "got 2.0"),
+    bad("no-layers", lambda: empty(layers=()), VALUE, "layers must give the window of each layer"),
+    bad("window", lambda: empty(layers=(None, 0)), VALUE, "layers must be at least 1", "got 0"),
+    bad("dtype", lambda: empty(dtype=jnp.int32), TYPE, "dtype must be floating", "int32"),
+    bad(
+        "memory",
+        lambda: empty(1024, 2**20, (None,) * 64, kv_heads=64, dim=128),
+        MemoryError,
+        r"would take 4,194,304\.0 GiB \(1024 rows, 67,108,864 slots in 64 layers, 64 heads of 128",
+        r"of [\d.,]+ GiB",
+        "make batch or length smaller",
+    ),
+    bad("count", lambda: empty().step(0), VALUE, "count must be at least 1"),
+    bad("longer-than-the-cache", lambda: empty().step(9), VALUE, "room for 8 tokens", "got 9", "greater length"),
+    bad("valid-dtype", lambda: empty().step(3, TOKENS), TYPE, "valid must be bool", r"int32\[2, 3\]"),
+    bad(
+        "valid-shape", lambda: empty().step(2, VALID), VALUE, "valid must say of each of 2 x 2 tokens", r"bool\[2, 3\]"
+    ),
+    bad("key-count", lambda: update(empty(), 2, key=jnp.zeros((2, 1, 1, 4))), VALUE, "key", r"\[2, 2, 1, 4\]"),
+    bad("key-heads", lambda: update(empty(), 1, key=jnp.zeros((2, 1, 2, 4))), VALUE, "key", r"\[2, 1, 1, 4\]"),
+    bad("value-dim", lambda: update(empty(), 1, value=jnp.zeros((2, 1, 1, 8))), VALUE, "value", r"\[2, 1, 1, 4\]"),
+    bad(
+        "mixed-dtypes",
+        lambda: update(empty(), 1, value=jnp.zeros((2, 1, 1, 4), jnp.bfloat16)),
+        TYPE,
+        "value must have the dtype of the cache, float32",
+        r"bfloat16\[2, 1, 1, 4\]",
+    ),
+]
+
+DECODER = [
+    bad("floats", lambda: MODEL(jnp.zeros((1, 3))), TYPE, "tokens must be integer", r"float32\[1, 3\]"),
+    bad("rank-1", lambda: MODEL(jnp.zeros(3, int)), VALUE, "tokens must have rank 2", r"tokens\[None\]"),
+    bad("valid", lambda: MODEL(TOKENS, VALID[:, :2]), VALUE, "valid must say of each of 2 x 3", r"bool\[2, 2\]"),
+    bad(
+        "mask-and-cache",
+        lambda: MODEL(TOKENS, cache=MODEL.empty_cache(2, 8), mask=Causal()),
+        VALUE,
+        "mask and positions are for a text without a cache",
+    ),
+    bad("rows", lambda: MODEL(TOKENS, cache=MODEL.empty_cache(3, 8)), VALUE, "each of the cache's 3, got 2"),
+    bad("too-long", lambda: MODEL(TOKENS, cache=MODEL.empty_cache(2, 2)), VALUE, "room for 2 tokens", "got 3"),
+]
+
+GENERATE = [
+    bad("no-tokens", lambda: run(np.zeros((2, 0), int), None), VALUE, "at least one token", r"int64\[2, 0\]"),
+    bad("no-prompts", lambda: run(np.zeros((0, 3), int), None), VALUE, "at least one token"),
+    bad("empty-row", lambda: run(valid=VALID & [[True], [False]]), VALUE, "row 1 has none"),
+    bad("floats", lambda: run(TOKENS.astype(np.float32)), TYPE, "tokens must be integer"),
+    bad("valid-shape", lambda: run(valid=VALID[:1]), VALUE, "valid must say of each of 2 x 3", r"bool\[1, 3\]"),
+    bad("valid-dtype", lambda: run(valid=VALID.astype(np.int32)), TYPE, "valid must be bool"),
+    bad("holes", lambda: run(valid=np.array([[True, False, True]] * 2)), VALUE, "before or after", "not between"),
+    bad("none-new", lambda: run(max_new_tokens=0), VALUE, "max_new_tokens must be at least 1"),
+    bad("short-cache", lambda: run(cache_length=3), VALUE, "cache_length must be at least 4", "3 tokens and 2 new"),
+    bad("temperature", lambda: run(temperature=-1.0), VALUE, "temperature must be finite and at least 0", "got -1.0"),
+    bad("no-key", lambda: run(temperature=1.0), VALUE, "key is missing", r"jax\.random\.key"),
+    bad("top-k", lambda: run(top_k=0), VALUE, "top_k must be at least 1"),
+    bad("top-p", lambda: run(top_p=0.0), VALUE, "top_p must be above 0 and at most 1", "got 0.0"),
+    bad("empty-prompt", lambda: left_pad([[1], []]), VALUE, "prompt 1 is empty"),
+    bad("no-prompt", lambda: left_pad([]), VALUE, "there is none"),
+    bad("prompt-of-floats", lambda: left_pad([[1], [2.0]]), TYPE, "prompt 1 is float64"),
+    bad("text", lambda: left_pad(["hello"]), TYPE, "sequences of ints, but prompt 0"),  # pyright: ignore[reportArgumentType]
+]
+
+test_bad_caches = refusals(CACHE)
+test_bad_texts = refusals(DECODER)
+test_bad_prompts = refusals(GENERATE)
+
+
+def test_a_full_cache_takes_no_more() -> None:
+    cache = MODEL(TOKENS, VALID, cache=MODEL.empty_cache(2, 3))[1]
+    assert cache is not None
+    with pytest.raises(ValueError, match=r"room for 3 tokens in a row, got 1 new ones, which would make 4"):
+        MODEL(TOKENS[:, :1], cache=cache)
+
+
+@pytest.mark.parametrize("description", [None, SlidingWindow(3)])
+@pytest.mark.parametrize("library", ["linen", "nnx"])
+def test_a_step_of_flax_that_is_causal_never_sees_the_first_key_alone(library: str, description: Any) -> None:
+    """Flax aligns a query with the first key, where it is asked for is_causal in a step of decoding."""
+    attend = jaxmask.make_attention_fn(description)
+    query, key = jnp.ones((1, 1, 2, 4)), jnp.ones((1, 6, 2, 4))
+    value = jnp.arange(6.0)[None, :, None, None] * jnp.ones((1, 6, 2, 4))
+    own = {"linen": linen.dot_product_attention, "nnx": nnx.dot_product_attention}[library]
+    if library == "nnx":
+        assert (own(query, key, value, is_causal=True) == 0).all()  # of key 0
+    with pytest.raises(ValueError, match="offset"):
+        attend(query, key, value, is_causal=True)
+    at_the_end = jaxmask.make_attention_fn(description, offset=5)
+    wanted = 4.0 if description is not None else 2.5
+    np.testing.assert_allclose(at_the_end(query, key, value, is_causal=True), wanted)
+
+
+def test_decoding_through_the_cache_of_flax_is_the_whole_text() -> None:
+    """With its own cache flax masks what is not yet there; a window beside that is told the position."""
+    window, x = Causal() & SlidingWindow(3), jax.random.normal(jax.random.key(0), (2, 7, 8))
+    layer = nnx.MultiHeadAttention(2, 8, decode=False, rngs=nnx.Rngs(0))
+    layer.attention_fn = jaxmask.make_attention_fn(window)
+    wanted = layer(x)
+    layer.init_cache((2, 7, 8))
+    for at in range(7):
+        layer.attention_fn = jaxmask.make_attention_fn(window, offset=jnp.int32(at))
+        found = layer(x[:, at : at + 1], decode=True)
+        np.testing.assert_allclose(found[:, 0], wanted[:, at], rtol=1e-5, atol=1e-5)
