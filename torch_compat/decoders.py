@@ -167,16 +167,16 @@ def decoder_names(
         for short, name in (("q", "query"), ("k", "key"), ("v", "value")):
             names |= linear(
                 f"{theirs}.self_attn.{short}_proj",
-                f"{ours}.attention.{name}",
+                f"{ours}.attention.query_key_value",
                 bias=config.qkv_bias,
                 transform=same if short == "v" else order,
             )
             if config.qk_norm == "weighted" and short != "v":
                 names |= rms_norm(f"{theirs}.self_attn.{short}_norm", f"{ours}.attention.{name}_norm", transform=scale)
         names |= linear(f"{theirs}.self_attn.o_proj", f"{ours}.attention.out", bias=config.out_bias)
-        for name in ("gate", "up", "down"):
+        for name, our_name in (("gate", "gate_up"), ("up", "gate_up"), ("down", "down")):
             names |= linear(
-                f"{theirs}.{feed_forward}.{name}_proj", f"{ours}.feed_forward.{name}", bias=config.hidden_bias
+                f"{theirs}.{feed_forward}.{name}_proj", f"{ours}.feed_forward.{our_name}", bias=config.hidden_bias
             )
         norms = {"input_layernorm": "attention_norm", before_feed_forward: "feed_forward_norm"}
         if config.post_norm:

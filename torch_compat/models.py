@@ -107,26 +107,30 @@ def assemble(
     """
     make, ours = architecture.module(config)
     graph, state = nnx.split(nnx.eval_shape(lambda: make(ours, param_dtype=dtype, rngs=nnx.Rngs(0))))
-    wanted = {".".join(map(str, path)): (path, variable) for path, variable in nnx.to_flat_state(state)}
+    parameters = {".".join(map(str, path)): (path, variable) for path, variable in nnx.to_flat_state(state)}
     names = architecture.names(ours)
     filled: dict[Any, Any] = {}
-    problems: list[str] = []
     renamed = {architecture.rename(name): tensor for name, tensor in weights.items()}
-    for name, tensor in renamed.items():
-        if name not in names:
-            problems += _left_over(name, renamed, architecture)
+    problems = [problem for name in renamed if name not in names for problem in _left_over(name, renamed, architecture)]
+    sources: dict[str, list[str]] = {}
+    for name, (target, _) in names.items():
+        sources.setdefault(target, []).append(name)
+    for target, (path, variable) in parameters.items():
+        parts = sources[target]
+        if missing := [name for name in parts if name not in renamed]:
+            problems += [f"{name} is missing, for {target}" for name in missing]
             continue
-        target, transform = names[name]
-        tensor = transform(tensor.detach())
-        path, variable = wanted.pop(target)
-        if tuple(tensor.shape) != variable.shape:
-            problems.append(f"{name} is {list(tensor.shape)} where {target} is {list(variable.shape)}")
+        tensors = [names[name][1](renamed[name].detach()) for name in parts]
+        shapes = [tuple(tensor.shape) for tensor in tensors]
+        joined = *shapes[0][:-1], sum(shape[-1] for shape in shapes)
+        if joined != variable.shape or any(shape[:-1] != joined[:-1] for shape in shapes):
+            what = ", ".join(f"{name} is {list(shape)}" for name, shape in zip(parts, shapes, strict=True))
+            problems.append(f"{what} where {target} is {list(variable.shape)}")
             continue
+        tensor = tensors[0] if len(tensors) == 1 else torch.cat(tensors, -1)
         # A copy, for the source may be trained on; and not committed to a device, as arrays from DLPack are.
         copy = jnp.array(np.asarray(to_jax(tensor.to(getattr(torch, jnp.dtype(dtype).name)))))
         filled[path] = variable.replace(copy)
-    sources = {target: name for name, (target, _) in names.items()}
-    problems += [f"{sources[target]} is missing, for {target}" for target in wanted]
     if problems:
         raise ValueError(
             f"the weights do not fit {make.__name__}: {'; '.join(problems)}. Is it the "

@@ -6,6 +6,7 @@ import torch
 
 Transform = Callable[[torch.Tensor], torch.Tensor]
 # Where each weight goes, by its name in Transformers: to which of our parameters, as "layers.0.query.kernel", and how.
+# Several that go to one are joined along its last axis, in the order of their names here.
 Names = dict[str, tuple[str, Transform]]
 
 

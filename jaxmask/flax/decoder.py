@@ -155,12 +155,11 @@ class Attention(nnx.Module):
 
     def __init__(self, config: DecoderConfig, layer: DecoderLayer, param_dtype: DTypeLike, rngs: nnx.Rngs) -> None:
         self.config, self.layer = config, layer
-        into, out_of = config.head_dim * config.heads, config.head_dim * config.kv_heads
+        # One product where there could be three: on a CPU, a step of decoding waits for the start of each.
+        self.sizes = [config.head_dim * heads for heads in (config.heads, config.kv_heads, config.kv_heads)]
         linear = partial(nnx.Linear, param_dtype=param_dtype, rngs=rngs)
-        self.query = linear(config.dim, into, use_bias=config.qkv_bias)
-        self.key = linear(config.dim, out_of, use_bias=config.qkv_bias)
-        self.value = linear(config.dim, out_of, use_bias=config.qkv_bias)
-        self.out = linear(into, config.dim, use_bias=config.out_bias)
+        self.query_key_value = linear(config.dim, sum(self.sizes), use_bias=config.qkv_bias)
+        self.out = linear(self.sizes[0], config.dim, use_bias=config.out_bias)
         weighted = config.qk_norm == "weighted"
         self.query_norm = _norm(config, config.head_dim, param_dtype, rngs) if weighted else None
         self.key_norm = _norm(config, config.head_dim, param_dtype, rngs) if weighted else None
@@ -176,7 +175,8 @@ class Attention(nnx.Module):
     ) -> tuple[Float[Array, "batch q dim"], LayerCache | None]:
         config, layer = self.config, self.layer
         query, key, value = (
-            project(x).reshape(*x.shape[:2], -1, config.head_dim) for project in (self.query, self.key, self.value)
+            part.reshape(*x.shape[:2], -1, config.head_dim)
+            for part in jnp.split(self.query_key_value(x), np.cumsum(self.sizes[:2]), -1)
         )
         if self.query_norm is not None and self.key_norm is not None:
             query, key = self.query_norm(query), self.key_norm(key)
@@ -202,17 +202,17 @@ class Attention(nnx.Module):
 
 
 class FeedForward(nnx.Module):
-    """Two projections, one the gate of the other, and a third back (https://arxiv.org/abs/2002.05202)."""
+    """Two projections, in one product, the first the gate of the second; and a third one back (https://arxiv.org/abs/2002.05202)."""
 
     def __init__(self, config: DecoderConfig, param_dtype: DTypeLike, rngs: nnx.Rngs) -> None:
         linear = partial(nnx.Linear, use_bias=config.hidden_bias, param_dtype=param_dtype, rngs=rngs)
         self.activation = ACTIVATIONS[config.activation]
-        self.gate = linear(config.dim, config.hidden_dim)
-        self.up = linear(config.dim, config.hidden_dim)
+        self.gate_up = linear(config.dim, 2 * config.hidden_dim)
         self.down = linear(config.hidden_dim, config.dim)
 
     def __call__(self, x: Float[Array, "batch q dim"]) -> Float[Array, "batch q dim"]:
-        return self.down(self.activation(self.gate(x)) * self.up(x))
+        gate, up = jnp.split(self.gate_up(x), 2, -1)
+        return self.down(self.activation(gate) * up)
 
 
 class Block(nnx.Module):
