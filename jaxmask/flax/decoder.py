@@ -156,7 +156,7 @@ class Attention(nnx.Module):
     def __init__(self, config: DecoderConfig, layer: DecoderLayer, param_dtype: DTypeLike, rngs: nnx.Rngs) -> None:
         self.config, self.layer = config, layer
         # One product where there could be three: on a CPU, a step of decoding waits for the start of each.
-        self.sizes = [config.head_dim * heads for heads in (config.heads, config.kv_heads, config.kv_heads)]
+        self.sizes = tuple(config.head_dim * heads for heads in (config.heads, config.kv_heads, config.kv_heads))
         linear = partial(nnx.Linear, param_dtype=param_dtype, rngs=rngs)
         self.query_key_value = linear(config.dim, sum(self.sizes), use_bias=config.qkv_bias)
         self.out = linear(self.sizes[0], config.dim, use_bias=config.out_bias)
