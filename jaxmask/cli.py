@@ -80,7 +80,7 @@ def verify(
     try:
         from torch_compat import verify as verification
     except ModuleNotFoundError as error:
-        _fail_without(error, "verify", "torch,cli", ("torch", "transformers"))
+        _fail_without(error, "verify")
     try:
         status = verification.run(
             cases=cases,
@@ -120,7 +120,7 @@ def generate(
     try:
         from torch_compat import text
     except ModuleNotFoundError as error:
-        _fail_without(error, "generate", "torch,flax,cli", ("torch", "transformers", "safetensors", "flax"))
+        _fail_without(error, "generate")
     try:
         text.write(
             prompts,
@@ -138,12 +138,12 @@ def generate(
         _fail(error)
 
 
-def _fail_without(error: ModuleNotFoundError, command: str, extras: str, packages: tuple[str, ...]) -> NoReturn:
-    """Say what to install for a command; what is missing beside the packages of the extras is a bug."""
+def _fail_without(error: ModuleNotFoundError, command: str) -> NoReturn:
+    """Say what to install for a command; that anything else is missing is a bug."""
     package = (error.name or "").partition(".")[0]
-    if package not in packages:
+    if package not in ("torch", "transformers", "safetensors", "flax"):
         raise error
-    _fail(f'{command} needs {package}: pip install "jaxmask[{extras}]"')
+    _fail(f'{command} needs {package}: pip install "jaxmask[torch,cli]"')
 
 
 def _fail(problem: object) -> NoReturn:

@@ -216,7 +216,7 @@ def test_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(torch_compat, "text")
     monkeypatch.delitem(sys.modules, "torch_compat.text")
     monkeypatch.setattr(sys, "meta_path", [Missing(), *sys.meta_path])
-    assert run("a") == (2, "", 'jaxmask: generate needs flax: pip install "jaxmask[torch,flax,cli]"\n')
+    assert run("a") == (2, "", 'jaxmask: generate needs flax: pip install "jaxmask[torch,cli]"\n')
 
 
 def test_the_real_model_knows_the_capital_of_france() -> None:
