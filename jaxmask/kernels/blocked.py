@@ -285,7 +285,7 @@ def attention(
             attention sinks of gpt-oss (``modeling_gpt_oss.eager_attention_forward`` in Transformers).
         block: how many queries are in a tile, and how many keys in a strip, or one number for both; static. The default
             is 256 queries, few enough that a narrow window wastes little, and all the keys that they may attend to
-            where that is known to be at most 1,280, else 512 at a time.
+            where that is known to be at most 1,280, else 512 at a time; for a single query, 128 at a time.
         return_residual: whether to return the log-sum-exp too, by which partial results over several sets of keys are
             joined: ring attention, split keys. Differentiable as well. Sinks belong to one of the parts only.
 

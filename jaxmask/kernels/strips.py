@@ -65,13 +65,16 @@ def cover(states: Any, tile: int, width: int, key_length: int) -> Strips:
 def strips_of(call: Call, block: tuple[int, int] | None = None) -> tuple[Strips, int, int]:
     """The strips for a call, the number of queries in a tile, and that of keys in a strip.
 
-    The default is 256 queries, and strips by :func:`_width`.
+    The default is 256 queries, and strips by :func:`_width`; of 128 keys for a single query.
     """
     (_, query_length, _, _), (_, key_length, _, _) = call.query.shape, call.key.shape
     queries, keys = block or (256, None)
     queries, tile = min(queries, query_length), min(128 if keys is None or keys % 128 == 0 else keys, key_length)
     states = _states(call, (queries, tile))
-    keys = min(_width(states, tile) if keys is None else keys, key_length)
+    if keys is None:
+        # In a step of decoding a strip is copied and read once: the narrower, the less of it is in vain.
+        keys = _width(states, tile) if query_length > 1 else tile
+    keys = min(keys, key_length)
     return cover(states, tile, keys, key_length), queries, keys
 
 
