@@ -21,6 +21,7 @@ bench: .venv/.dev
 	$(BIN)/python benchmarks/tiles.py
 	$(BIN)/python benchmarks/attention.py --json benchmarks/attention.json
 	$(BIN)/python benchmarks/lengths.py
+	$(BIN)/python benchmarks/decoder.py --json benchmarks/decoder.json
 
 lint: .venv/.dev
 	$(BIN)/ruff check

@@ -22,7 +22,8 @@ TOKENS, VALID = left_pad([[1, 2, 3], [4]])
 
 
 def empty(batch: Any = 2, length: Any = 8, layers: Any = (None, 4), **how: Any) -> Cache:
-    return Cache.empty(batch, length, layers=layers, **({"kv_heads": 1, "dim": 4} | how))
+    how = {"kv_heads": 1, "dim": 4} | how
+    return Cache.empty(batch, length, layers=layers, **how)
 
 
 def update(cache: Cache, count: int, key: Any = None, value: Any = None) -> Any:

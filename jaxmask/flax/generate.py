@@ -29,7 +29,7 @@ class Generated(NamedTuple):
     lengths: Int[Array, "batch"]
 
 
-def left_pad(prompts: Sequence[Sequence[int]], pad: int = 0) -> tuple[np.ndarray, np.ndarray]:
+def left_pad(prompts: Sequence[Sequence[int] | np.ndarray], pad: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """Prompts of any lengths as one batch, padded on the left.
 
     Args:

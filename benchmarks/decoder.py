@@ -1,0 +1,162 @@
+"""SmolLM2 in Flax and in PyTorch: tokens per second of a prompt and of decoding, memory, compilation.
+
+The two take turns in one process; PyTorch as Transformers runs it, with scaled-dot-product attention and its own cache.
+Half of the prompts are padded on the left. Ratios carry over to other machines, tokens per second do not.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+from flax import nnx
+from rich.console import Console
+from rich.table import Table
+from timing import compare, verdict
+from transformers import AutoModelForCausalLM, DynamicCache
+from transformers.utils import logging
+
+import jaxmask
+from jaxmask.flax import Cache, LayerCache
+from jaxmask.flax.generate import decode, prefill
+from torch_compat.models import load
+from torch_compat.smollm2 import checkpoint
+
+BATCH, PROMPT, NEW = 8, 512, 256
+PADDING = 100
+
+tokens = np.random.default_rng(0).integers(5, 40_000, (BATCH, PROMPT)).astype(np.int32)
+valid = np.arange(PROMPT) >= np.where(np.arange(BATCH) % 2, PADDING, 0)[:, None]
+
+
+def of_pytorch() -> Any:
+    """The model of Transformers."""
+    logging.disable_progress_bar()
+    folder, gguf_file = checkpoint()
+    return AutoModelForCausalLM.from_pretrained(folder, gguf_file=gguf_file, dtype=torch.float32).eval()
+
+
+@torch.no_grad()
+def run_pytorch(model: Any, new: int) -> tuple[float, float]:
+    """The seconds of the prompt, and of ``new - 1`` steps."""
+    ids, mask = torch.from_numpy(tokens).long(), torch.from_numpy(valid)
+    start, cache = time.perf_counter(), DynamicCache(config=model.config)
+    logits = model(ids, attention_mask=mask, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+    middle = time.perf_counter()
+    for _ in range(new - 1):
+        token = logits[:, -1].argmax(-1)[:, None]
+        mask = torch.cat((mask, torch.ones(BATCH, 1, dtype=torch.bool)), 1)
+        logits = model(token, attention_mask=mask, past_key_values=cache, use_cache=True).logits
+    return middle - start, time.perf_counter() - middle
+
+
+def run_flax(model: Any, new: int) -> tuple[float, float]:
+    """The same in Flax."""
+    graph, state = nnx.split(model)
+    cache = model.empty_cache(BATCH, PROMPT + NEW)
+    start = time.perf_counter()
+    logits, cache = jax.block_until_ready(prefill(graph, state, cache, jnp.asarray(tokens), jnp.asarray(valid)))
+    middle = time.perf_counter()
+    how: Any = {"new": new, "top_k": None, "on_tokens": None}
+    jax.block_until_ready(decode(graph, state, cache, logits, None, jnp.zeros(0, jnp.int32), jnp.int32(0), **how))
+    return middle - start, time.perf_counter() - middle
+
+
+def cost_of_masks(model: Any, new: int = 16, rounds: int = 8) -> float:
+    """The part of a step that goes when no mask is read, in a cache that is as long as the texts."""
+    graph, state = nnx.split(model)
+
+    def without_mask(self: Any, step: Any, query: Any, key: Any, value: Any, mask: Any, **how: Any) -> Any:
+        after, seen = self.update(step, key, value)
+        return jaxmask.attention(query, seen.key, seen.value, **how), after
+
+    def program() -> Any:
+        """A loop of its own, for what it is traced with is not in the keys of JAX's cache."""
+        jitted: Any = decode
+        loop = jax.jit(partial(jitted.__wrapped__, new=new, top_k=None, on_tokens=None), static_argnums=0)
+
+        def run() -> Any:
+            cache = Cache(model.empty_cache(BATCH, PROMPT + new).layers, jnp.full(BATCH, PROMPT, jnp.int32))
+            logits = jnp.zeros((BATCH, model.config.vocab_size))
+            return loop(graph, state, cache, logits, None, jnp.zeros(0, jnp.int32), jnp.int32(0))
+
+        return run
+
+    with_mask, without = program(), program()
+    jax.block_until_ready(with_mask())
+    with patch.object(LayerCache, "attend", without_mask):
+        jax.block_until_ready(without())
+    seconds = compare(with_mask, without, rounds=rounds)
+    return 1 - seconds[1] / seconds[0]
+
+
+def peak(library: str) -> int:
+    """The most memory in bytes of a process that runs one of the two alone."""
+    result = subprocess.run(
+        [sys.executable, __file__, "--peak-of", library], check=True, capture_output=True, text=True
+    )
+    return int(result.stdout.split()[-1])
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--new", type=int, default=NEW, help="new tokens for each row")
+    parser.add_argument("--json", type=Path, help="write the figures to this file")
+    parser.add_argument("--peak-of", choices=("pytorch", "flax"), help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    console = Console()
+    theirs = of_pytorch()
+    if options.peak_of:
+        run = run_pytorch if options.peak_of == "pytorch" else run_flax
+        model = theirs if options.peak_of == "pytorch" else load(theirs)
+        del theirs
+        run(model, 8)
+        # VmHWM, and not ru_maxrss, which a child inherits.
+        status = Path("/proc/self/status").read_text(encoding="ascii")
+        console.print(int(status.split("VmHWM:")[1].split()[0]) * 1024)
+        return
+    ours = load(theirs)
+    first = run_flax(ours, options.new)
+    run_pytorch(theirs, 2)
+    times: dict[str, list[tuple[float, float]]] = {"PyTorch": [], "Flax": []}
+    for _ in range(options.rounds):
+        for name, run in (("PyTorch", partial(run_pytorch, theirs)), ("Flax", partial(run_flax, ours))):
+            times[name].append(run(options.new))
+    seconds = {name: [statistics.median(taken) for taken in zip(*runs, strict=True)] for name, runs in times.items()}
+    peaks = {"PyTorch": peak("pytorch"), "Flax": peak("flax")}
+    counts = int(valid.size), BATCH * (options.new - 1)
+    table = Table(title=f"SmolLM2-135M, float32, {BATCH} prompts of {PROMPT} tokens, {options.new} new ones each")
+    for column in ("", "prompt, tokens/s", "decoding, tokens/s", "peak memory, GiB"):
+        table.add_column(column, justify="right" if column else "left")
+    for name, taken in seconds.items():
+        rates = [f"{count / each:,.0f}" for count, each in zip(counts, taken, strict=True)]
+        table.add_row(name, *rates, f"{peaks[name] / 2**30:.2f}")
+    console.print(table)
+    ratios = [theirs / ours for theirs, ours in zip(seconds["PyTorch"], seconds["Flax"], strict=True)]
+    compilation = [once - later for once, later in zip(first, seconds["Flax"], strict=True)]
+    console.print(verdict("prompt, Flax against PyTorch", ratios[0], 1.3))
+    console.print(verdict("decoding, Flax against PyTorch", ratios[1], 1.5))
+    console.print(
+        f"compiled once, apart from that: the prompt in {compilation[0]:.0f} s, the loop in {compilation[1]:.0f} s"
+    )
+    masks = cost_of_masks(ours, 24)
+    console.print(f"masks in a step of decoding: {masks:.1%} of it, ceiling 2%: {'met' if masks <= 0.02 else 'missed'}")
+    if options.json:
+        figures = {"seconds": seconds, "ratios": ratios, "compilation": compilation, "peaks": peaks, "masks": masks}
+        options.json.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
