@@ -17,7 +17,6 @@ HEADS, KV_HEADS, DIM, LENGTH = 4, 2, 8, 24
 # A window for the cache, and the mask of a layer that looks no further back.
 LAYERS: list[tuple[int | None, Mask]] = [
     (None, Causal()),
-    (None, Causal() & SlidingWindow(5)),
     (5, Causal() & SlidingWindow(5)),
     (8, Causal() & SlidingWindow(5)),
     (6, Causal() & Chunked(6)),
