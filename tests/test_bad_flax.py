@@ -1,5 +1,6 @@
 """Bad input of caches, decoders and generation is refused at once, and says what to do."""
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -70,6 +71,8 @@ CACHE = [
 
 DECODER = [
     bad("floats", lambda: MODEL(jnp.zeros((1, 3))), TYPE, "tokens must be integer", r"float32\[1, 3\]"),
+    bad("positions", lambda: MODEL(TOKENS, positions=TOKENS[:1]), VALUE, r"positions must be as tokens, \[2, 3\]"),
+    bad("positions-of-floats", lambda: MODEL(TOKENS, positions=jnp.ones((2, 3))), TYPE, "positions must be integer"),
     bad("rank-1", lambda: MODEL(jnp.zeros(3, int)), VALUE, "tokens must have rank 2", r"tokens\[None\]"),
     bad("valid", lambda: MODEL(TOKENS, VALID[:, :2]), VALUE, "valid must say of each of 2 x 3", r"bool\[2, 2\]"),
     bad(
@@ -90,6 +93,8 @@ GENERATE = [
     bad("valid-shape", lambda: run(valid=VALID[:1]), VALUE, "valid must say of each of 2 x 3", r"bool\[1, 3\]"),
     bad("valid-dtype", lambda: run(valid=VALID.astype(np.int32)), TYPE, "valid must be bool"),
     bad("holes", lambda: run(valid=np.array([[True, False, True]] * 2)), VALUE, "before or after", "not between"),
+    bad("no-token", lambda: run(TOKENS + 14), VALUE, "tokens must be from 0 to 15", "got 15 to 18"),
+    bad("negative-token", lambda: run(TOKENS - 2), VALUE, "tokens must be from 0 to 15", "got -1 to 2"),
     bad("none-new", lambda: run(max_new_tokens=0), VALUE, "max_new_tokens must be at least 1"),
     bad("short-cache", lambda: run(cache_length=3), VALUE, "cache_length must be at least 4", "3 tokens and 2 new"),
     bad("temperature", lambda: run(temperature=-1.0), VALUE, "temperature must be finite and at least 0", "got -1.0"),
@@ -105,6 +110,18 @@ GENERATE = [
 test_bad_caches = refusals(CACHE)
 test_bad_texts = refusals(DECODER)
 test_bad_prompts = refusals(GENERATE)
+
+
+def test_an_unknown_activation_is_refused() -> None:
+    with pytest.raises(ValueError, match="activation must be one of silu, gelu_tanh, got 'relu'"):
+        dataclasses.replace(MODEL.config, activation="relu")  # pyright: ignore[reportArgumentType]
+
+
+def test_what_is_no_token_is_nan_but_where_it_is_padding() -> None:
+    tokens = np.where(VALID, TOKENS, 16)
+    np.testing.assert_array_equal(MODEL(tokens, VALID)[0][VALID], MODEL(TOKENS, VALID)[0][VALID])
+    for token in (16, -1):
+        assert jnp.isnan(MODEL(jnp.array([[3, token]]))[0][0, 1]).all()
 
 
 def test_a_full_cache_takes_no_more() -> None:

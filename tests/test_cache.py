@@ -1,5 +1,6 @@
 """A cache step by step gives what attention over the whole text gives, whatever the chunks, the padding, the rings."""
 
+import itertools
 from typing import Any
 
 import jax
@@ -155,6 +156,39 @@ def test_a_compiled_step_without_room_is_nan_in_that_row_alone(before: int) -> N
     for out in step(jnp.array([before, 0], jnp.int32)):
         assert jnp.isnan(out[0]).any() == (before + 5 > LENGTH)
         assert jnp.isfinite(out[1]).all()
+
+
+def test_every_step_after_the_last_that_had_room_is_nan() -> None:
+    """Also where the mask reaches no slot that was written in vain, and its tiles are skipped."""
+    cache = Cache.empty(1, 512, layers=[None], kv_heads=KV_HEADS, dim=DIM)
+    cache = Cache(cache.layers, jnp.array([510], jnp.int32))
+    new = text(4, 1, 1)
+
+    @jax.jit
+    def step(cache: Cache) -> Any:
+        step = cache.step(1)
+        out, layer = cache.layers[0].attend(step, *new, Causal() & SlidingWindow(2))
+        return jnp.isnan(out).all(), step.end([layer])
+
+    found = []
+    for _ in range(6):
+        is_nan, cache = step(cache)
+        found.append(bool(is_nan))
+    assert found == [False, False, True, True, True, True]
+
+
+def test_a_ring_never_shows_what_is_before_its_window() -> None:
+    """Be it given in one step, in which all of it is at hand, or in several."""
+    whole = text(10, 1, 9)
+    wanted = jaxmask.attention(*whole, Causal() & SlidingWindow(2))
+    for cuts in ((0, 9), (0, 4, 9), tuple(range(10))):
+        cache, outputs = Cache.empty(1, 9, layers=[2], kv_heads=KV_HEADS, dim=DIM), []
+        for start, end in itertools.pairwise(cuts):
+            step = cache.step(end - start)
+            out, layer = cache.layers[0].attend(step, *part(whole, start, end), Causal())
+            cache = step.end([layer])
+            outputs.append(out)
+        np.testing.assert_allclose(jnp.concatenate(outputs, 1), wanted, rtol=2e-6, atol=2e-6)
 
 
 def test_a_compiled_step_with_padding_between_tokens_is_nan() -> None:

@@ -1,5 +1,6 @@
 """Tiny random models of the Llama family against Transformers: all at once, in chunks, and token by token."""
 
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -10,6 +11,7 @@ import torch
 import transformers
 from flax import nnx
 
+from jaxmask import Segments
 from torch_compat.models import load
 
 PROMPT, STEPS, WINDOW = 12, 16, 5
@@ -153,8 +155,40 @@ def test_the_temperature_of_llama_4_follows_the_position() -> None:
     np.testing.assert_allclose(logits, wanted, rtol=0, atol=1e-5)
 
 
-def test_half_precision_keeps_its_dtype() -> None:
-    model = load(make("Gemma-2"), dtype=jnp.bfloat16)
+@pytest.mark.parametrize("name", ["Gemma-2", "Llama-4"])
+def test_half_precision_keeps_its_dtype(name: str) -> None:
+    model = load(make(name), dtype=jnp.bfloat16)
     logits, cache = model(batch()[0], cache=model.empty_cache(3, LENGTH))
-    assert logits.dtype == jnp.bfloat16
+    assert logits.dtype == model(batch()[0])[0].dtype == jnp.bfloat16
     assert {leaf.dtype.name for leaf in jax.tree.leaves(cache.layers)} == {"bfloat16"}
+
+
+@pytest.mark.parametrize("name", ["Gemma-2", "Llama-4"])
+def test_a_checkpoint_of_half_precision_is_read_without_rounding(name: str, tmp_path: Path) -> None:
+    half, model = make(name).bfloat16(), make(name)
+    half.save_pretrained(tmp_path)
+    model.load_state_dict({key: weight.float() for key, weight in half.state_dict().items()})
+    tokens, valid = batch()
+    logits = load(tmp_path)(tokens, valid)[0]
+    np.testing.assert_allclose(logits[valid], of_transformers(model, tokens, valid)[valid], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["Mistral", "Llama-4"])
+def test_packed_documents_are_as_each_alone(name: str) -> None:
+    model = load(make(name))
+    tokens, lengths = batch()[0][:1], (13, 15)
+    positions = np.concatenate([np.arange(length) for length in lengths])[None].astype(np.int32)
+    ids = np.repeat([0, 1], lengths)[None].astype(np.int32)
+    packed = model(tokens, mask=Segments(ids), positions=positions)[0]
+    for part in (slice(0, 13), slice(13, 28)):
+        np.testing.assert_allclose(packed[:, part], model(tokens[:, part])[0], rtol=0, atol=1e-5)
+
+
+def test_gradients_of_llama_4_are_finite_where_there_is_padding() -> None:
+    graph, state = nnx.split(load(make("Llama-4")))
+    tokens, valid = batch()
+
+    def loss(state: Any) -> Any:
+        return jnp.where(valid[..., None], nnx.merge(graph, state)(tokens, valid)[0], 0).sum()
+
+    assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(jax.grad(loss)(state)))

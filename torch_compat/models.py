@@ -120,9 +120,13 @@ def assemble(
         if missing := [name for name in parts if name not in renamed]:
             problems += [f"{name} is missing, for {target}" for name in missing]
             continue
-        tensors = [names[name][1](renamed[name].detach()) for name in parts]
+        try:
+            # In float32, for what is added to a weight of half precision would be rounded.
+            tensors = [names[name][1](renamed[name].detach().float()) for name in parts]
+        except (ValueError, RuntimeError, IndexError, TypeError):
+            tensors = [renamed[name] for name in parts]
         shapes = [tuple(tensor.shape) for tensor in tensors]
-        joined = *shapes[0][:-1], sum(shape[-1] for shape in shapes)
+        joined = *shapes[0][:-1], *([sum(shape[-1] for shape in shapes)] if all(shapes) else [])
         if joined != variable.shape or any(shape[:-1] != joined[:-1] for shape in shapes):
             what = ", ".join(f"{name} is {list(shape)}" for name, shape in zip(parts, shapes, strict=True))
             problems.append(f"{what} where {target} is {list(variable.shape)}")

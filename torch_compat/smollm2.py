@@ -168,4 +168,5 @@ def _differences(model: Any, tokens: Any, valid: Any, wanted: Any, logits: Any) 
     first, cache = start(valid)
     unmasked, _ = start(valid | True)
     at_first, without_mask = (float(jnp.abs(found - logits[:, 0]).max()) for found in (first, unmasked))
-    return max(at_first, float(run(state, cache, wanted, logits))), without_mask
+    # NumPy's maximum of a NaN is NaN.
+    return float(np.maximum(at_first, run(state, cache, wanted, logits))), without_mask

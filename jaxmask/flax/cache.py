@@ -18,6 +18,7 @@ from jaxtyping import Array, Bool, DTypeLike, Float, Int
 
 from jaxmask import checks
 from jaxmask.dispatch import attention
+from jaxmask.leaves import Window
 from jaxmask.mask import Mask
 
 
@@ -46,7 +47,7 @@ class Step:
         offset: int32 ``[batch]``, the position of the first of them. Negative where a row begins with padding.
         before, after: int32 ``[batch]``, how many tokens a row has before and after the step, padding not included.
         fits: bool ``[batch]``, whether the row has room for them. A compiled program cannot raise: where it has none,
-            the row becomes NaN, and nothing subtly wrong.
+            what :meth:`LayerCache.attend` returns is NaN, and nothing subtly wrong.
     """
 
     count: int
@@ -160,15 +161,18 @@ class LayerCache:
         Args:
             step: from :meth:`Cache.step`.
             query, key, value: of the new tokens.
-            mask: which keys a query attends to, in positions; padding and empty slots are never among them.
+            mask: which keys a query attends to, in positions; padding and empty slots are never among them, and in a
+                ring nothing before its window, be it still at hand.
             how: ``bias``, ``scale``, ``logits_soft_cap``, ``implementation`` of :func:`jaxmask.attention`.
 
         Returns:
             The output, and the layer with the new keys and values.
         """
         after, seen = self.update(step, key, value)
+        if self.is_ring:
+            mask = mask & Window(self.key.shape[1] - 1, None)
         out = attention(query, seen.key, seen.value, mask, offset=seen.offset, key_positions=seen.key_positions, **how)
-        return out, after
+        return step.or_nan(out), after
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=("layers", "tokens"), meta_fields=())
@@ -222,7 +226,7 @@ class Cache:
 
         Raises:
             TypeError, ValueError: a size is no Python int of at least 1.
-            MemoryError: the cache would be larger than the memory of the device; nothing was allocated.
+            MemoryError: the cache would be larger than all of the memory of the device; nothing was allocated.
         """
         batch, length = checks.integer("batch", batch, 1), checks.integer("length", length, 1)
         kv_heads, dim = checks.integer("kv_heads", kv_heads, 1), checks.integer("dim", dim, 1)
@@ -262,16 +266,8 @@ class Cache:
                     f"valid must say of each of {batch} x {count} tokens whether it is one, got "
                     f"{checks.describe(valid)}"
                 )
-            # In NumPy where it is known, so that it can be refused in the middle of a trace.
-            valid = valid if checks.is_traced(valid) else np.asarray(valid)
-            new, padding = valid.sum(1, dtype=np.int32), valid.argmax(1).astype(np.int32)
+            new, padding, fits = consecutive(valid)
             offset = before - padding
-            index = np.arange(count) - padding[:, None]
-            fits = (valid == ((index >= 0) & (index < new[:, None]))).all(1)
-            if not checks.is_traced(fits) and not fits.all():
-                raise ValueError(
-                    f"valid must have padding before or after the tokens of a row, not between them, got {valid!r}"
-                )
         after = before + new
         room = min((layer.key.shape[1] for layer in self.layers if not layer.is_ring), default=None)
         if room is not None:
@@ -285,8 +281,26 @@ class Cache:
         return Step(count, offset, before, after, fits)
 
 
+def consecutive(valid: Any) -> tuple[Any, Any, Any]:
+    """Of each row the number of tokens, the padding before them, and whether there is none between them.
+
+    Raises:
+        ValueError: there is, as far as is known when the program is traced.
+    """
+    # In NumPy where it is known, so that it can be refused in the middle of a trace.
+    valid = valid if checks.is_traced(valid) else np.asarray(valid)
+    count, padding = valid.sum(1, dtype=np.int32), valid.argmax(1).astype(np.int32)
+    index = np.arange(valid.shape[1]) - padding[:, None]
+    fits = (valid == ((index >= 0) & (index < count[:, None]))).all(1)
+    if not checks.is_traced(fits) and not fits.all():
+        raise ValueError(
+            f"valid must have padding before or after the tokens of a row, not between them, got {valid!r}"
+        )
+    return count, padding, fits
+
+
 def _memory() -> int:
-    """The bytes of memory that the default device has."""
+    """The bytes of memory that the device has, whatever else is in it."""
     statistics = jax.local_devices()[0].memory_stats()
     if statistics and "bytes_limit" in statistics:
         return statistics["bytes_limit"]

@@ -18,8 +18,8 @@ from jaxtyping import Array, Bool, DTypeLike, Float, Int
 
 from jaxmask import checks
 from jaxmask.dispatch import Implementation, attention
-from jaxmask.flax.cache import Cache, LayerCache, Step
-from jaxmask.leaves import Causal, Chunked, Padding, SlidingWindow
+from jaxmask.flax.cache import Cache, LayerCache, Step, consecutive
+from jaxmask.leaves import Causal, Chunked, Padding, Segments, SlidingWindow
 from jaxmask.mask import Full, Mask
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {"silu": jax.nn.silu, "gelu_tanh": jax.nn.gelu}
@@ -93,13 +93,14 @@ class DecoderLayer:
     rope: Rope | None = Rope()
     temperature: tuple[float, float] | None = None
 
-    def mask(self, start: Any = 0) -> Mask:
-        """Which keys a query attends to, where ``start``, of all or ``[batch]``, is the index of the first token."""
+    def mask(self, positions: Int[Array | np.ndarray, "batch q"] | None = None) -> Mask:
+        """Which keys a query attends to; of the tokens at ``positions``, or of all positions from 0 on."""
         mask: Mask = Causal()
         if self.window is not None:
             mask = mask & SlidingWindow(self.window)
         if self.chunk is not None:
-            mask = mask & Chunked(self.chunk, start)
+            # By their positions, for padding may come before a text, and another document.
+            mask = mask & (Chunked(self.chunk) if positions is None else Segments(positions.clip(0) // self.chunk))
         return mask
 
     @property
@@ -149,6 +150,10 @@ class DecoderConfig:
     attention_cap: float | None = None
     logits_cap: float | None = None
 
+    def __post_init__(self) -> None:
+        if self.activation not in ACTIVATIONS:
+            raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {self.activation!r}")
+
 
 class Attention(nnx.Module):
     """Grouped-query attention with rotary embeddings, over the text at hand or over a cache."""
@@ -187,22 +192,23 @@ class Attention(nnx.Module):
                 query, key = (_normed(part, config.epsilon) for part in (query, key))
         if layer.temperature is not None:
             floor, scale = layer.temperature
-            query = query * (1 + scale * jnp.log1p(jnp.floor((positions + 1) / floor)))[..., None, None]
+            # Padding before the text is told no positions, or it would be NaN.
+            times = 1 + scale * jnp.log1p(jnp.floor((jnp.maximum(positions, 0) + 1) / floor))
+            query = query * times[..., None, None].astype(query.dtype)
         how: Any = {
             "scale": config.attention_scale,
             "logits_soft_cap": config.attention_cap,
             "implementation": implementation,
         }
         if cache is None or step is None:
-            # Chunks begin with the text, and not with the padding before it.
-            out = attention(query, key, value, mask & layer.mask(-positions[:, 0]), **how)
+            out = attention(query, key, value, mask & layer.mask(positions), **how)
         else:
             out, cache = cache.attend(step, query, key, value, layer.mask(), **how)
         return self.out(out.reshape(*x.shape[:2], -1)), cache
 
 
 class FeedForward(nnx.Module):
-    """Two projections, in one product, the first the gate of the second; and a third one back (https://arxiv.org/abs/2002.05202)."""
+    """Two projections, the first the gate of the second, and a third one back (https://arxiv.org/abs/2002.05202)."""
 
     def __init__(self, config: DecoderConfig, param_dtype: DTypeLike, rngs: nnx.Rngs) -> None:
         linear = partial(nnx.Linear, use_bias=config.hidden_bias, param_dtype=param_dtype, rngs=rngs)
@@ -285,7 +291,8 @@ class Decoder(nnx.Module):
             cache: the text so far, of :meth:`empty_cache` or of the last call; ``None`` where this is all of the text.
             mask: joined to that of each layer, as ``Segments(ids)`` for packed documents. Its keys are in the order of
                 ``tokens``, so that it needs that there is no cache.
-            positions: of the tokens, for rotary embeddings; ``None`` to count those of each row that are no padding.
+            positions: of the tokens, for rotary embeddings and chunks, ``[batch, q]``; ``None`` to count those of each
+                row that are no padding.
             last_only: whether to return the logits after the last token of each row only, ``[batch, 1, vocab]``.
             implementation: of :func:`jaxmask.attention`.
 
@@ -310,13 +317,21 @@ class Decoder(nnx.Module):
             positions = step.positions
         elif positions is None:
             index = np.arange(tokens.shape[1], dtype=np.int32)[None]
-            positions = index if valid is None else index - jnp.argmax(jnp.asarray(valid), 1)[:, None]
+            positions = index if valid is None else index - consecutive(valid)[1][:, None]
+        elif checks.array("positions", positions, "i", 2).shape != tokens.shape:
+            raise ValueError(
+                f"positions must be as tokens, {list(tokens.shape)}, got {checks.describe(positions)}; leave them out "
+                "to count the tokens"
+            )
         mask = Full() if mask is None else mask
         if valid is not None:
             mask = mask & Padding(valid)
-        # NaN for what is no token.
+        checks.fits_int32("tokens", tokens)
+        # NaN for what is no token; but for padding anything will do.
+        tokens = jnp.where(jnp.asarray(tokens) < 0, self.config.vocab_size, tokens)
+        tokens = tokens if valid is None else jnp.where(valid, tokens, 0)
         embedding = self.embedding.embedding[...]
-        x = jnp.take(embedding, jnp.asarray(tokens), axis=0) * self.config.embedding_scale
+        x = jnp.take(embedding, tokens, axis=0) * self.config.embedding_scale
         layers: list[Any] = [None] * len(self.blocks) if cache is None else list(cache.layers)
         for i, block in enumerate(self.blocks):
             x, layers[i] = block(x, positions, mask, layers[i], step, implementation)

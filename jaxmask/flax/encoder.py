@@ -132,7 +132,12 @@ class Encoder(nnx.Module):
             )
         types = jnp.zeros_like(tokens) if token_types is None else _like(tokens, "token_types", token_types, "i")
         mask = Full() if valid is None else Padding(_like(tokens, "valid", valid, "bi"))
-        embedded = self.words(jnp.asarray(tokens)) + self.types(jnp.asarray(types))
+        tokens = jnp.asarray(tokens)
+        if valid is not None:
+            # What stands at padding may be no token of this model, and must not be NaN.
+            known = tokens.clip(0, self.config.vocab_size - 1)
+            tokens = jnp.where(jnp.asarray(valid).astype(bool), tokens, known)
+        embedded = self.words(tokens) + self.types(jnp.asarray(types))
         hidden = self.norm(embedded + self.positions(jnp.arange(length)))
         for layer in self.layers:
             hidden = layer(hidden, mask, implementation)

@@ -21,7 +21,7 @@ class Generated(NamedTuple):
     """What :func:`generate` returns.
 
     Args:
-        tokens: int32 ``[batch, max_new_tokens]``; after the end of a row, ``pad``.
+        tokens: int32 ``[batch, max_new_tokens]``; after the end of a row, ``pad``; -1 where the logits are NaN.
         lengths: int32 ``[batch]``, how many tokens each row has, the one that ends it included.
     """
 
@@ -74,10 +74,10 @@ def generate(
     pad: int = 0,
     on_tokens: Callable[[np.ndarray, np.ndarray], None] | None = None,
 ) -> Generated:
-    """Continue prompts. The same as each prompt alone, whatever the padding.
+    """Continue prompts; at temperature 0, each as it would be alone, whatever the padding.
 
-    It compiles for the shapes of the prompts, ``max_new_tokens``, ``cache_length``, ``top_k`` and ``on_tokens``;
-    nothing else compiles it again.
+    It compiles for the shapes of the prompts and of ``end``, ``max_new_tokens``, ``cache_length``, ``top_k``, which
+    settings are left out, and ``on_tokens``: each new function compiles the loop again, so keep it.
 
     Args:
         model: the decoder.
@@ -127,6 +127,13 @@ def generate(
     cache.step(length, valid)  # here, where what is wrong with valid can still be refused
     if valid is not None and not checks.is_traced(valid) and not (some := np.asarray(valid).any(1)).all():
         raise ValueError(f"each prompt must have a token, but by valid that of row {int(some.argmin())} has none")
+    if not checks.is_traced(tokens) and not checks.is_traced(valid):
+        given = np.asarray(tokens)[... if valid is None else np.asarray(valid)]
+        if given.size and (given.min() < 0 or given.max() >= model.config.vocab_size):
+            raise ValueError(
+                f"tokens must be from 0 to {model.config.vocab_size - 1}, got {given.min()} to {given.max()}: is the "
+                "tokenizer that of the model?"
+            )
     logits, cache = prefill(graph, state, cache, jnp.asarray(tokens), None if valid is None else jnp.asarray(valid))
     draw = None if not temperature else (key, jnp.float32(temperature), None if top_p is None else jnp.float32(top_p))
     ends = jnp.asarray(tuple(end), jnp.int32)
@@ -198,9 +205,11 @@ def decode(
 
 def _choose(logits: Any, i: Any, draw: Any, top_k: int | None) -> Any:
     if draw is None:
-        return logits.argmax(-1)
-    key, temperature, top_p = draw
-    return jax.random.categorical(jax.random.fold_in(key, i), likely(logits, temperature, top_k, top_p))
+        token = logits.argmax(-1)
+    else:
+        key, temperature, top_p = draw
+        token = jax.random.categorical(jax.random.fold_in(key, i), likely(logits, temperature, top_k, top_p))
+    return jnp.where(jnp.isnan(logits).any(-1), -1, token)
 
 
 def likely(
