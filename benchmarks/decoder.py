@@ -5,6 +5,7 @@ Half of the prompts are padded on the left. Ratios carry over to other machines,
 """
 
 import argparse
+import gc
 import json
 import statistics
 import subprocess
@@ -23,27 +24,19 @@ from flax import nnx
 from rich.console import Console
 from rich.table import Table
 from timing import compare, verdict
-from transformers import AutoModelForCausalLM, DynamicCache
-from transformers.utils import logging
+from transformers import DynamicCache
 
 import jaxmask
 from jaxmask.flax import Cache, LayerCache
 from jaxmask.flax.generate import decode, prefill
 from torch_compat.models import load
-from torch_compat.smollm2 import checkpoint
+from torch_compat.smollm2 import in_pytorch
 
 BATCH, PROMPT, NEW = 8, 512, 256
 PADDING = 100
 
 tokens = np.random.default_rng(0).integers(5, 40_000, (BATCH, PROMPT)).astype(np.int32)
 valid = np.arange(PROMPT) >= np.where(np.arange(BATCH) % 2, PADDING, 0)[:, None]
-
-
-def of_pytorch() -> Any:
-    """The model of Transformers."""
-    logging.disable_progress_bar()
-    folder, gguf_file = checkpoint()
-    return AutoModelForCausalLM.from_pretrained(folder, gguf_file=gguf_file, dtype=torch.float32).eval()
 
 
 @torch.no_grad()
@@ -100,10 +93,10 @@ def cost_of_masks(model: Any, new: int = 16, rounds: int = 8) -> float:
     return 1 - seconds[1] / seconds[0]
 
 
-def peak(library: str) -> int:
+def peak(library: str, new: int) -> int:
     """The most memory in bytes of a process that runs one of the two alone."""
     result = subprocess.run(
-        [sys.executable, __file__, "--peak-of", library], check=True, capture_output=True, text=True
+        [sys.executable, __file__, "--peak-of", library, "--new", str(new)], check=True, capture_output=True, text=True
     )
     return int(result.stdout.split()[-1])
 
@@ -117,12 +110,15 @@ def main() -> None:
     parser.add_argument("--peak-of", choices=("pytorch", "flax"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     console = Console()
-    theirs = of_pytorch()
+    theirs = in_pytorch()
     if options.peak_of:
         run = run_pytorch if options.peak_of == "pytorch" else run_flax
         model = theirs if options.peak_of == "pytorch" else load(theirs)
         del theirs
-        run(model, 8)
+        gc.collect()
+        # To load a checkpoint takes more than to run it: the peak begins here.
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+        run(model, options.new)
         # VmHWM, and not ru_maxrss, which a child inherits.
         status = Path("/proc/self/status").read_text(encoding="ascii")
         console.print(int(status.split("VmHWM:")[1].split()[0]) * 1024)
@@ -135,7 +131,7 @@ def main() -> None:
         for name, run in (("PyTorch", partial(run_pytorch, theirs)), ("Flax", partial(run_flax, ours))):
             times[name].append(run(options.new))
     seconds = {name: [statistics.median(taken) for taken in zip(*runs, strict=True)] for name, runs in times.items()}
-    peaks = {"PyTorch": peak("pytorch"), "Flax": peak("flax")}
+    peaks = {"PyTorch": peak("pytorch", options.new), "Flax": peak("flax", options.new)}
     counts = int(valid.size), BATCH * (options.new - 1)
     table = Table(title=f"SmolLM2-135M, float32, {BATCH} prompts of {PROMPT} tokens, {options.new} new ones each")
     for column in ("", "prompt, tokens/s", "decoding, tokens/s", "peak memory, GiB"):

@@ -13,6 +13,8 @@ except ImportError as error:
     print(f'jaxmask: {error.name} is missing: pip install "jaxmask[cli]"', file=sys.stderr)  # noqa: T201
     raise SystemExit(2) from None
 
+from jax.errors import JaxRuntimeError
+
 from jaxmask.draw import show as draw
 from jaxmask.parse import parse_mask
 
@@ -134,7 +136,7 @@ def generate(
             console=Console(),
             log=Console(file=sys.stderr),  # this one, whatever is muted meanwhile
         )
-    except (ValueError, OSError, OverflowError, MemoryError, ImportError) as error:
+    except (ValueError, OSError, OverflowError, MemoryError, ImportError, JaxRuntimeError) as error:
         _fail(error)
 
 

@@ -16,6 +16,7 @@ from transformers import BertConfig, BertForSequenceClassification, BertModel, T
 from jaxmask.flax.encoder import Encoder, EncoderConfig, mean_pool
 from tests.bad import bad, refusals
 from tests.test_models import FOUR, MATRIX, TIED
+from tests.tiny import tiny_llama
 from torch_compat import models
 
 VALUE, TYPE, MISSING = ValueError, TypeError, FileNotFoundError
@@ -50,6 +51,10 @@ def load_tensors(**changed: torch.Tensor | None) -> Any:
         (Path(folder) / "config.json").write_text(TEXT)
         save_file(tensors, Path(folder) / "model.safetensors")
         return models.load(folder)
+
+
+def llama(heads: int, kv_heads: int) -> Any:
+    return tiny_llama(hidden_size=8, num_attention_heads=heads, num_key_value_heads=kv_heads, head_dim=2)
 
 
 def of_config(**changed: Any) -> Callable[[], Any]:
@@ -132,6 +137,13 @@ FITTING = [
         lambda: load_tensors(**{KERNEL: torch.ones(8, 11)}),
         VALUE,
         rf"{KERNEL} is \[11, 8\] where layers.0.down.kernel is \[12, 8\]",
+    ),
+    bad(
+        "heads-of-another-model",
+        lambda: models.assemble(models.ARCHITECTURES["llama"], llama(4, 4).config, llama(8, 2).state_dict()),
+        VALUE,
+        r"q_proj.weight is \[8, 16\], .*k_proj.weight is \[8, 4\], .* where blocks.0.attention.query_key_value.kernel "
+        r"is \[8, 24\], its parts \[8, 8, 8\]",
     ),
     bad("rank", lambda: load_tensors(**{KERNEL: torch.ones(8, 12, 1)}), VALUE, rf"{KERNEL} is \[1, 12, 8\] where"),
     bad(

@@ -10,11 +10,11 @@ import torch
 from flax import nnx
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.generation.logits_process import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from jaxmask.flax import Decoder, DecoderConfig, DecoderLayer, generate, left_pad
 from jaxmask.flax.generate import decode, likely, prefill
+from tests.tiny import tiny_llama
 from torch_compat.models import load
 
 VOCAB, NEW = 64, 10
@@ -24,17 +24,7 @@ PROMPTS = [[5, 6, 7, 8, 9, 10, 11], [12], [13, 14, 15]]
 @pytest.fixture(scope="module")
 def models() -> tuple[Any, Decoder]:
     """A tiny Llama of Transformers, and ours with its weights."""
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        sizes: dict[str, Any] = {"vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48}
-        sizes |= {
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "head_dim": 8,
-        }
-        config = LlamaConfig(**sizes, initializer_range=0.3, bos_token_id=None, eos_token_id=None)
-        model = LlamaForCausalLM(config).eval()
+    model = tiny_llama(vocab_size=VOCAB, initializer_range=0.3, bos_token_id=None, eos_token_id=None)
     return model, load(model)
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from rich.console import Console
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import BertConfig, BertModel, GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 from jaxmask.cli import app
@@ -43,7 +43,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         # Larger weights than by default: what comes next shall depend on what was before.
-        model = LlamaForCausalLM(LlamaConfig(**SIZES, initializer_range=1.0))
+        model = LlamaForCausalLM(LlamaConfig(**SIZES, initializer_range=1.0, eos_token_id=None))
     model.save_pretrained(path)
     tokenizer_of_bytes("<end>").save_pretrained(path)
     return path
@@ -97,6 +97,16 @@ def test_it_ends_with_the_token_that_ends_a_text(folder: Path, expected: list[li
     assert run(prompt, "--model", tmp_path)[1] == prompt + read(tokens[:3]) + "\n"
 
 
+def test_it_ends_with_any_token_that_ends_a_text_by_the_checkpoint(
+    folder: Path, expected: list[list[int]], tmp_path: Path
+) -> None:
+    for file in folder.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    tokens = expected[2]
+    GenerationConfig(eos_token_id=[256, tokens[5]]).save_pretrained(tmp_path)
+    assert run(PROMPTS[2], "--model", tmp_path)[1] == PROMPTS[2] + read(tokens[: tokens.index(tokens[5])]) + "\n"
+
+
 def test_it_draws_by_the_seed(folder: Path, expected: list[list[int]]) -> None:
     def draw(seed: int, *options: str) -> str:
         how = ["--temperature", "2", "--seed", str(seed), "--max-new-tokens", "12", *options]
@@ -143,7 +153,7 @@ def test_characters_of_several_tokens_come_whole() -> None:
 
 
 def test_to_stop_reading_stops_the_model(folder: Path) -> None:
-    model, _ = text.load(folder)
+    model, _, _ = text.load(folder)
     start = perf_counter()
     steps: Any = text.stream(model, *left_pad([[1, 2]]), max_new_tokens=30_000)
     assert [len(next(steps)[0]) for _ in range(3)] == [1, 1, 1]

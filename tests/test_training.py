@@ -8,27 +8,14 @@ import numpy as np
 import optax
 import torch
 from flax import nnx
-from transformers import LlamaConfig, LlamaForCausalLM
 
 import jaxmask
 from jaxmask import Segments
+from tests.tiny import tiny_llama
 from torch_compat.models import load
 
 LENGTHS, LENGTH, STEPS, RATE = (9, 4, 13), 32, 3, 0.5
 VOCAB = 64
-
-
-def tiny_llama() -> Any:
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        sizes: dict[str, Any] = {"vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48}
-        sizes |= {
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "head_dim": 8,
-        }
-        return LlamaForCausalLM(LlamaConfig(**sizes, initializer_range=0.1))
 
 
 def documents() -> list[np.ndarray]:
@@ -65,7 +52,7 @@ def loss_of_transformers(model: Any) -> torch.Tensor:
 
 
 def test_packed_documents_train_as_documents_one_by_one_in_pytorch() -> None:
-    theirs = tiny_llama()
+    theirs = tiny_llama(initializer_range=0.1)
     ours = load(theirs)
     graph, state = nnx.split(jax.tree.map(jnp.copy, ours))
     tokens, ids = (jnp.asarray(x) for x in packed())
@@ -80,7 +67,7 @@ def test_packed_documents_train_as_documents_one_by_one_in_pytorch() -> None:
         wanted.backward()
         np.testing.assert_allclose(loss, wanted.item(), rtol=0, atol=1e-5)
         with torch.no_grad():
-            as_weights = tiny_llama()
+            as_weights = tiny_llama(initializer_range=0.1)
             for weight, parameter in zip(as_weights.parameters(), theirs.parameters(), strict=True):
                 weight.copy_(parameter.grad)
         wanted_gradients = jax.tree.leaves(nnx.split(load(as_weights))[1])
@@ -94,7 +81,7 @@ def test_packed_documents_train_as_documents_one_by_one_in_pytorch() -> None:
 
 def test_gradients_are_finite_where_rows_have_nothing_to_attend_to() -> None:
     """A wholly empty example, and the padding behind the documents."""
-    graph, state = nnx.split(load(tiny_llama()))
+    graph, state = nnx.split(load(tiny_llama(initializer_range=0.1)))
     tokens, ids = packed()
     tokens, ids = np.concatenate((tokens, tokens)), np.concatenate((ids, np.full_like(ids, -1)))
     for implementation in ("xla", "blocked"):
@@ -106,7 +93,7 @@ def test_gradients_are_finite_where_rows_have_nothing_to_attend_to() -> None:
 
 
 def test_a_mask_of_documents_matters() -> None:
-    model = load(tiny_llama())
+    model = load(tiny_llama(initializer_range=0.1))
     tokens, ids = packed()
     without = model(tokens, ids >= 0, mask=jaxmask.Full())[0]
     assert np.abs(model(tokens, ids >= 0, mask=Segments(ids))[0] - without).max() > 1e-3

@@ -164,19 +164,31 @@ def decoder_names(
     for i, layer in enumerate(config.layers):
         theirs, ours = f"model.layers.{i}", f"blocks.{i}"
         order = partial(_halves, dim=config.head_dim) if interleaved and layer.rope is not None else same
-        for short, name in (("q", "query"), ("k", "key"), ("v", "value")):
+        for short, name, heads in (
+            ("q", "query", config.heads),
+            ("k", "key", config.kv_heads),
+            ("v", "value", config.kv_heads),
+        ):
             names |= linear(
                 f"{theirs}.self_attn.{short}_proj",
                 f"{ours}.attention.query_key_value",
                 bias=config.qkv_bias,
                 transform=same if short == "v" else order,
+                size=heads * config.head_dim,
             )
             if config.qk_norm == "weighted" and short != "v":
                 names |= rms_norm(f"{theirs}.self_attn.{short}_norm", f"{ours}.attention.{name}_norm", transform=scale)
         names |= linear(f"{theirs}.self_attn.o_proj", f"{ours}.attention.out", bias=config.out_bias)
-        for name, our_name in (("gate", "gate_up"), ("up", "gate_up"), ("down", "down")):
+        for name, our_name, size in (
+            ("gate", "gate_up", config.hidden_dim),
+            ("up", "gate_up", config.hidden_dim),
+            ("down", "down", None),
+        ):
             names |= linear(
-                f"{theirs}.{feed_forward}.{name}_proj", f"{ours}.feed_forward.{our_name}", bias=config.hidden_bias
+                f"{theirs}.{feed_forward}.{name}_proj",
+                f"{ours}.feed_forward.{our_name}",
+                bias=config.hidden_bias,
+                size=size,
             )
         norms = {"input_layernorm": "attention_norm", before_feed_forward: "feed_forward_norm"}
         if config.post_norm:

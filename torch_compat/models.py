@@ -113,8 +113,8 @@ def assemble(
     renamed = {architecture.rename(name): tensor for name, tensor in weights.items()}
     problems = [problem for name in renamed if name not in names for problem in _left_over(name, renamed, architecture)]
     sources: dict[str, list[str]] = {}
-    for name, (target, _) in names.items():
-        sources.setdefault(target, []).append(name)
+    for name, place in names.items():
+        sources.setdefault(place.parameter, []).append(name)
     for target, (path, variable) in parameters.items():
         parts = sources[target]
         if missing := [name for name in parts if name not in renamed]:
@@ -122,14 +122,15 @@ def assemble(
             continue
         try:
             # In float32, for what is added to a weight of half precision would be rounded.
-            tensors = [names[name][1](renamed[name].detach().float()) for name in parts]
+            tensors = [names[name].transform(renamed[name].detach().float()) for name in parts]
         except (ValueError, RuntimeError, IndexError, TypeError):
             tensors = [renamed[name] for name in parts]
         shapes = [tuple(tensor.shape) for tensor in tensors]
-        joined = *shapes[0][:-1], *([sum(shape[-1] for shape in shapes)] if all(shapes) else [])
-        if joined != variable.shape or any(shape[:-1] != joined[:-1] for shape in shapes):
+        sizes = [names[name].size or variable.shape[-1] for name in parts]
+        if shapes != [(*variable.shape[:-1], size) for size in sizes]:
             what = ", ".join(f"{name} is {list(shape)}" for name, shape in zip(parts, shapes, strict=True))
-            problems.append(f"{what} where {target} is {list(variable.shape)}")
+            of_parts = f", its parts {sizes}" if len(parts) > 1 else ""
+            problems.append(f"{what} where {target} is {list(variable.shape)}{of_parts}")
             continue
         tensor = tensors[0] if len(tensors) == 1 else torch.cat(tensors, -1)
         # A copy, for the source may be trained on; and not committed to a device, as arrays from DLPack are.

@@ -82,13 +82,18 @@ def checkpoint() -> tuple[Path, str]:
     return Path(spec.origin).parent, GGUF
 
 
+def in_pytorch() -> Any:
+    """The model of Transformers, float32."""
+    folder, gguf_file = checkpoint()
+    logging.disable_progress_bar()
+    return AutoModelForCausalLM.from_pretrained(folder, gguf_file=gguf_file, dtype=torch.float32).eval()
+
+
 @torch.no_grad()
 def compare() -> GenerationCheck:
     """Generate in PyTorch and in Flax; then the logits of every step with PyTorch's tokens, and each prompt alone."""
     folder, gguf_file = checkpoint()
-    logging.disable_progress_bar()
-    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=gguf_file)
-    theirs: Any = AutoModelForCausalLM.from_pretrained(folder, gguf_file=gguf_file, dtype=torch.float32).eval()
+    tokenizer, theirs = AutoTokenizer.from_pretrained(folder, gguf_file=gguf_file), in_pytorch()
     prompts = [tokenizer(prompt)["input_ids"] for prompt in PROMPTS]
     tokens, valid = left_pad(prompts)
     generated = theirs.generate(

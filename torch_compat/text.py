@@ -16,9 +16,10 @@ import numpy as np
 from rich.console import Console, Group
 from rich.live import Live
 from rich.panel import Panel
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.text import Text
-from transformers import AutoTokenizer
-from transformers.utils import logging
+from transformers import AutoTokenizer, GenerationConfig
+from transformers.utils import GENERATION_CONFIG_NAME, logging
 
 from jaxmask.flax.decoder import Decoder
 from jaxmask.flax.generate import check_settings, generate, left_pad
@@ -26,8 +27,8 @@ from torch_compat import models
 from torch_compat.smollm2 import checkpoint
 
 
-def load(folder: Path, gguf_file: str | None = None) -> tuple[Decoder, Any]:
-    """The decoder and the tokenizer of a checkpoint folder; nothing is downloaded.
+def load(folder: Path, gguf_file: str | None = None) -> tuple[Decoder, Any, list[int]]:
+    """The decoder and the tokenizer of a checkpoint folder, and the tokens that end a text; nothing is downloaded.
 
     Raises:
         FileNotFoundError, ValueError: as :func:`torch_compat.models.load`; or it is not of a decoder; or there is no
@@ -41,11 +42,16 @@ def load(folder: Path, gguf_file: str | None = None) -> tuple[Decoder, Any]:
         raise ValueError(f"a text needs a decoder, but in {str(folder)!r} is the checkpoint of an encoder")
     how: dict[str, Any] = {} if gguf_file is None else {"gguf_file": gguf_file}
     try:
-        return model, AutoTokenizer.from_pretrained(folder, local_files_only=True, **how)
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, **how)
     except (OSError, ValueError) as error:
         raise ValueError(
             f"the tokenizer in {str(folder)!r} is missing or broken; save it there by tokenizer.save_pretrained(folder)"
         ) from error
+    ends = tokenizer.eos_token_id
+    if (folder / GENERATION_CONFIG_NAME).is_file():
+        # As Transformers' generate has it: a model for chats may end a turn by one token, and a text by another.
+        ends = GenerationConfig.from_pretrained(folder).eos_token_id or ends
+    return model, tokenizer, [] if ends is None else np.atleast_1d(ends).tolist()
 
 
 class Continuation:
@@ -88,7 +94,7 @@ def write(
     console: Console,
     log: Console,
 ) -> list[str]:
-    """Continue prompts in one batch: in a terminal while the tokens come, elsewhere when they are there.
+    """Continue prompts in one batch, and show them while the tokens come; several in a pipe when all are there.
 
     Args:
         prompts: at least one.
@@ -116,8 +122,8 @@ def write(
     if folder is None:
         folder, file = checkpoint()
         gguf_file = gguf_file or file
-    with log.status(f"loading {gguf_file or folder.name}"):
-        model, tokenizer = load(folder, gguf_file)
+    with _bar(log, f"loading {gguf_file or folder.name}"):
+        model, tokenizer, end = load(folder, gguf_file)
         texts = [Continuation(tokenizer, prompt) for prompt in prompts]
     tokens, valid = left_pad([text.tokens for text in texts])
     if tokens.max() >= model.config.vocab_size:
@@ -126,8 +132,7 @@ def write(
             "checkpoints?"
         )
     what = f"a prompt of {len(tokens)} x {tokens.shape[1]} tokens and a loop of {max_new_tokens} steps"
-    shown = _Screen(texts, console, log.status(f"compiling {what}"))
-    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    shown = _Screen(texts, console, _bar(log, f"compiling {what}"))
     key = jax.random.key(seed)
     how: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "key": key, "end": end}
     times, counts = [perf_counter()], [0]
@@ -179,19 +184,27 @@ def stream(model: Decoder, *arguments: Any, **settings: Any) -> Generator[tuple[
             log.setLevel(level)
 
 
+def _bar(log: Console, what: str) -> Progress:
+    """A bar that moves while something is being done, of which nobody knows how long it takes."""
+    columns = TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn()
+    progress = Progress(*columns, console=log, transient=True, disable=not log.is_terminal)
+    progress.add_task(what, total=None)
+    return progress
+
+
 class _Screen:
     """What a person sees of texts that are being written.
 
-    One text flows, several have a panel each, and where there is no terminal each is printed when all have ended.
+    One text flows, several have a panel each, and where there is no terminal these are printed when all have ended.
     """
 
-    def __init__(self, texts: Sequence[Continuation], console: Console, status: Any) -> None:
-        self.texts, self.console, self.status = texts, console, status
+    def __init__(self, texts: Sequence[Continuation], console: Console, bar: Progress) -> None:
+        self.texts, self.console, self.bar = texts, console, bar
         self.live: Live | None = None
         self.has_begun = False
 
     def __enter__(self) -> None:
-        self.status.start()
+        self.bar.start()
 
     def add(self, tokens: Sequence[int], going: Sequence[bool]) -> None:
         """Show the next token of each text that is going on."""
@@ -201,31 +214,34 @@ class _Screen:
             self.begin()
         if self.live is not None:
             self.live.update(self.panels())
-        elif self.console.is_terminal:
+        elif len(self.texts) == 1:
             self.write(*news)
 
     def begin(self) -> None:
         """The first tokens are there."""
-        if not self.console.is_terminal:
-            self.status.update("writing")
-            return
-        self.status.stop()
-        if len(self.texts) > 1:
+        if len(self.texts) == 1:
+            self.bar.stop()
+            if self.console.is_terminal:
+                self.console.out(self.texts[0].prompt, style="bold", end="", highlight=False)
+            else:
+                self.write(self.texts[0].prompt)
+        elif self.console.is_terminal:
+            self.bar.stop()
             self.live = Live(self.panels(), console=self.console, refresh_per_second=12)
             self.live.start()
         else:
-            self.console.out(self.texts[0].prompt, style="bold", end="", highlight=False)
+            self.bar.update(self.bar.task_ids[0], description="writing")
 
     def panels(self) -> Group:
         """Every text in a frame of its own."""
         return Group(*(Panel(Text.assemble((text.prompt, "bold"), text.text)) for text in self.texts))
 
     def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
-        self.status.stop()
+        self.bar.stop()
         if self.live is not None:
             self.live.stop()
-        elif self.console.is_terminal:
-            self.write("\n")
+        elif len(self.texts) == 1:
+            self.write("\n" if self.has_begun else "")
         elif error is None:
             self.write("\n\n".join(text.prompt + text.text for text in self.texts), "\n")
 

@@ -261,11 +261,7 @@ class Cache:
         count, batch = checks.integer("count", count, 1), len(self.tokens)
         before, offset, new, fits = self.tokens, self.tokens, count, jnp.ones(batch, bool)
         if valid is not None:
-            if checks.array("valid", valid, "b", 2).shape != (batch, count):
-                raise ValueError(
-                    f"valid must say of each of {batch} x {count} tokens whether it is one, got "
-                    f"{checks.describe(valid)}"
-                )
+            check_valid(valid, (batch, count))
             new, padding, fits = consecutive(valid)
             offset = before - padding
         after = before + new
@@ -279,6 +275,15 @@ class Cache:
                 )
             fits = fits & (after <= room)
         return Step(count, offset, before, after, fits)
+
+
+def check_valid(valid: Any, shape: tuple[int, ...]) -> None:
+    """Refuse what does not say of each of ``[batch, q]`` tokens whether it is one."""
+    if checks.array("valid", valid, "b", 2).shape != shape:
+        raise ValueError(
+            f"valid must say of each of {' x '.join(map(str, shape))} tokens whether it is one, got "
+            f"{checks.describe(valid)}"
+        )
 
 
 def consecutive(valid: Any) -> tuple[Any, Any, Any]:

@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, DTypeLike, Float, Int
 
 from jaxmask import checks
 from jaxmask.dispatch import Implementation, attention
-from jaxmask.flax.cache import Cache, LayerCache, Step, consecutive
+from jaxmask.flax.cache import Cache, LayerCache, Step, check_valid, consecutive
 from jaxmask.leaves import Causal, Chunked, Padding, Segments, SlidingWindow
 from jaxmask.mask import Full, Mask
 
@@ -165,9 +165,9 @@ class Attention(nnx.Module):
         linear = partial(nnx.Linear, param_dtype=param_dtype, rngs=rngs)
         self.query_key_value = linear(config.dim, sum(self.sizes), use_bias=config.qkv_bias)
         self.out = linear(self.sizes[0], config.dim, use_bias=config.out_bias)
-        weighted = config.qk_norm == "weighted"
-        self.query_norm = _norm(config, config.head_dim, param_dtype, rngs) if weighted else None
-        self.key_norm = _norm(config, config.head_dim, param_dtype, rngs) if weighted else None
+        # What they norm, if anything, qk_norm says; without a scale they hold no weights.
+        norm = partial(_norm, config, config.head_dim, param_dtype, rngs, has_scale=config.qk_norm == "weighted")
+        self.query_norm, self.key_norm = norm(), norm()
 
     def __call__(
         self,
@@ -183,13 +183,13 @@ class Attention(nnx.Module):
             part.reshape(*x.shape[:2], -1, config.head_dim)
             for part in jnp.split(self.query_key_value(x), np.cumsum(self.sizes[:2]), -1)
         )
-        if self.query_norm is not None and self.key_norm is not None:
+        if config.qk_norm == "weighted":
             query, key = self.query_norm(query), self.key_norm(key)
         if layer.rope is not None:
             cos, sin = layer.rope.angles(positions, config.head_dim)
             query, key = rotate(query, cos, sin), rotate(key, cos, sin)
             if config.qk_norm == "plain":
-                query, key = (_normed(part, config.epsilon) for part in (query, key))
+                query, key = self.query_norm(query), self.key_norm(key)
         if layer.temperature is not None:
             floor, scale = layer.temperature
             # Padding before the text is told no positions, or it would be NaN.
@@ -300,11 +300,8 @@ class Decoder(nnx.Module):
             ValueError, TypeError: what does not fit; and of the cache as :meth:`Cache.step`.
         """
         checks.array("tokens", tokens, "i", 2)
-        if valid is not None and checks.array("valid", valid, "b", 2).shape != tokens.shape:
-            raise ValueError(
-                f"valid must say of each of {' x '.join(map(str, tokens.shape))} tokens whether it is one, got "
-                f"{checks.describe(valid)}"
-            )
+        if valid is not None:
+            check_valid(valid, tokens.shape)
         if cache is not None and len(cache.tokens) != len(tokens):
             raise ValueError(f"tokens must have a row for each of the cache's {len(cache.tokens)}, got {len(tokens)}")
         if cache is not None and (mask is not None or positions is not None):
@@ -345,10 +342,7 @@ class Decoder(nnx.Module):
         return logits, None if step is None else step.end(layers)
 
 
-def _norm(config: DecoderConfig, size: int, param_dtype: DTypeLike, rngs: nnx.Rngs) -> nnx.RMSNorm:
-    return nnx.RMSNorm(size, epsilon=config.epsilon, param_dtype=param_dtype, rngs=rngs)
-
-
-def _normed(x: Array, epsilon: float) -> Array:
-    precise = x.astype(jnp.float32)
-    return (precise * jax.lax.rsqrt(jnp.mean(precise**2, -1, keepdims=True) + epsilon)).astype(x.dtype)
+def _norm(
+    config: DecoderConfig, size: int, param_dtype: DTypeLike, rngs: nnx.Rngs, *, has_scale: bool = True
+) -> nnx.RMSNorm:
+    return nnx.RMSNorm(size, epsilon=config.epsilon, param_dtype=param_dtype, use_scale=has_scale, rngs=rngs)
