@@ -1,17 +1,61 @@
-"""A real model in Flax gives real sentences the embeddings that PyTorch gives them."""
+"""When real models are said to agree. The comparisons themselves take minutes, and `make verify` runs them."""
 
 from dataclasses import replace
+from typing import Any
 
-from torch_compat import real_models
+import numpy as np
+import pytest
+
+from torch_compat.real_models import EmbeddingsCheck
+from torch_compat.smollm2 import NEW, GenerationCheck, until_ties
+
+EMBEDDINGS = EmbeddingsCheck(
+    64, (3, 193), lowest_cosine=0.9999999, largest_difference=2e-6, difference_without_mask=0.3
+)
+GENERATION = GenerationCheck(
+    prompts=16,
+    lengths=(2, 193),
+    compared=1024,
+    equal=1024,
+    ties=(),
+    same_alone=16,
+    largest_difference=1.4e-4,
+    difference_without_mask=21.0,
+)
 
 
-def test_minilm_in_flax_gives_the_embeddings_of_pytorch() -> None:
-    result = real_models.compare_minilm()
-    assert result.sentences == 64
-    assert result.tokens[1] > 40 * result.tokens[0]
-    assert result.lowest_cosine >= 0.999999
-    assert result.largest_difference <= 1e-5
-    assert result.agrees
-    assert not replace(result, lowest_cosine=0.99999).agrees
-    assert not replace(result, largest_difference=2e-5).agrees
-    assert not replace(result, difference_without_mask=result.largest_difference).agrees
+@pytest.mark.parametrize(
+    "worse", [{"lowest_cosine": 0.99999}, {"largest_difference": 2e-5}, {"difference_without_mask": 2e-6}]
+)
+def test_embeddings_agree_within_every_limit_and_no_further(worse: dict[str, Any]) -> None:
+    assert EMBEDDINGS.agrees
+    assert not replace(EMBEDDINGS, **worse).agrees
+
+
+@pytest.mark.parametrize(
+    "worse",
+    [
+        {"equal": 1023},
+        {"compared": 0, "equal": 0},
+        {"same_alone": 15},
+        {"largest_difference": 3e-4},
+        {"largest_difference": float("nan")},
+        {"difference_without_mask": 1e-4},
+    ],
+)
+def test_generation_agrees_within_every_limit_and_no_further(worse: dict[str, Any]) -> None:
+    assert GENERATION.agrees
+    assert not replace(GENERATION, **worse).agrees
+
+
+def test_a_tie_ends_a_row_and_any_other_difference_does_not() -> None:
+    wanted = np.zeros((3, NEW), int)
+    found, logits = wanted.copy(), np.zeros((3, NEW, 4))
+    logits[..., 0] = 2.0
+    found[1, 5:] = 1
+    logits[1, 5, 1] = 2.0 - 5e-5
+    found[2, 7:] = 1
+    logits[2, 7, 1] = 2.0 - 2e-4
+    counts, ties = until_ties(found, wanted, logits)
+    assert counts == [NEW, 5, NEW]
+    assert [tie[:2] for tie in ties] == [(1, 5)]

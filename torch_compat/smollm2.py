@@ -110,7 +110,7 @@ def compare() -> GenerationCheck:
     logits = torch.stack(generated.logits, 1).numpy()
     model = load(theirs)
     found = np.asarray(generate(model, tokens, valid, max_new_tokens=NEW).tokens)
-    counts, ties = _until_ties(found, wanted, logits)
+    counts, ties = until_ties(found, wanted, logits)
     alone = np.stack([_alone(model, prompt, tokens.shape[1] + NEW) for prompt in prompts])
     same = [(row[:count] == own[:count]).all() for row, own, count in zip(found, alone, counts, strict=True)]
     difference, without_mask = _differences(model, tokens, valid, wanted, logits)
@@ -126,7 +126,7 @@ def compare() -> GenerationCheck:
     )
 
 
-def _until_ties(found: Any, wanted: Any, logits: Any) -> tuple[list[int], tuple[tuple[int, int, float, float], ...]]:
+def until_ties(found: Any, wanted: Any, logits: Any) -> tuple[list[int], tuple[tuple[int, int, float, float], ...]]:
     """For each row how many tokens are to be compared; and the ties at which it ends, where one changed the text."""
     counts: list[int] = []
     ties: list[tuple[int, int, float, float]] = []
