@@ -71,10 +71,10 @@ class _Program:
         return tuple(jnp.asarray(start, jnp.int32) for start, _ in parts), tuple(size for _, size in parts)
 
     def take(self, axes: str, x: Any, at: _Place) -> Any:
-        return lax.dynamic_slice(x, *self.part(axes, x, at))
+        return lax.dynamic_slice(x, *self.part(axes, x, at), allow_negative_indices=False)
 
     def put(self, axes: str, total: Any, part: Any, at: _Place) -> Any:
-        return lax.dynamic_update_slice(total, part, self.part(axes, total, at)[0])
+        return lax.dynamic_update_slice(total, part, self.part(axes, total, at)[0], allow_negative_indices=False)
 
     def add(self, axes: str, total: Any, part: Any, at: _Place) -> Any:
         return self.put(axes, total, self.take(axes, total, at) + part, at)
@@ -108,13 +108,11 @@ def _for_each_tile(program: _Program, strips: Strips, step: Callable[..., Any], 
 
 
 def _for_each_strip(own: Strips, step: Callable[..., Any], carry: Any) -> Any:
-    """Fold ``step(carry, first key, must decide)`` over the strips of a tile of queries but the first."""
+    """Fold ``step(carry, first key, must decide)`` over the strips of a tile of queries."""
     if own.first.shape[0] == 1:
-        return carry
-    carry = lax.fori_loop(1, own.decided, lambda j, carry: step(carry, own.first[j], True), carry)
-    return lax.fori_loop(
-        jnp.maximum(own.decided, 1), own.count, lambda j, carry: step(carry, own.first[j], False), carry
-    )
+        return step(carry, own.first[0], True)
+    carry = lax.fori_loop(0, own.decided, lambda j, carry: step(carry, own.first[j], True), carry)
+    return lax.fori_loop(own.decided, own.count, lambda j, carry: step(carry, own.first[j], False), carry)
 
 
 def _scores(program: _Program, inputs: Any, at: _Place, rows: Any, first: Any, must_decide: bool) -> Any:
@@ -157,24 +155,22 @@ def _forward(
     def tile(carry: Any, at: _Place, own: Strips) -> Any:
         rows = program.rows(query, at) * query.dtype.type(program.before)
 
-        def strip(first: Any, must_decide: bool) -> Any:
-            there, _, change, parts = _scores(program, (key, bias, arrays), at, rows, first, must_decide)
-            return change(*parts), program.take(program.value, value, there)
-
-        def attend(weights: Any, v: Any) -> Any:
-            return _multiply(f"bngqk,{program.value}->bngqd", weights.astype(v.dtype), v)
-
         def step(carry: Any, first: Any, must_decide: bool) -> Any:
-            most, total, out = carry
-            s, v = strip(first, must_decide)
+            there, _, change, parts = _scores(program, (key, bias, arrays), at, rows, first, must_decide)
+            s, v = change(*parts), program.take(program.value, value, there)
+            most, *sums = carry
             new = jnp.maximum(most, s.max(-1))
-            decay, weights = jnp.exp(most - new), jnp.exp(s - new[..., None])
-            return new, total * decay + weights.sum(-1), out * decay[..., None] + attend(weights, v)
+            weights = jnp.exp(s - new[..., None])
+            found = weights.sum(-1), _multiply(f"bngqk,{program.value}->bngqd", weights.astype(v.dtype), v)
+            if sums:
+                decay = jnp.exp(most - new)
+                found = sums[0] * decay + found[0], sums[1] * decay[..., None] + found[1]
+            return new, *found
 
-        s, v = strip(own.first[0], True)
-        most = jnp.maximum(s.max(-1), scores.LOWEST)
-        weights = jnp.exp(s - most[..., None])
-        most, total, out = _for_each_strip(own, step, (most, weights.sum(-1), attend(weights, v)))
+        most = jnp.full_like(rows, scores.LOWEST, accumulated, rows.shape[:-1])
+        sums = jnp.zeros_like(most), jnp.zeros_like(rows, accumulated, (*most.shape, value.shape[-1]))
+        # One strip needs no sums of those before.
+        most, total, out = _for_each_strip(own, step, (most, *(sums if own.first.shape[0] > 1 else ())))
         if sinks is not None:
             sink = program.take("h", sinks, at).reshape(1, program.kv_heads, program.group, 1)
             new = jnp.maximum(most, sink)
@@ -224,7 +220,7 @@ def _backward(program: _Program, residuals: Any, cotangents: Any) -> Any:
             return dq, dk, dv, dbias, dfloats
 
         total, *sums = carry
-        dq, *sums = _for_each_strip(own, step, step((jnp.zeros_like(rows, accumulated), *sums), own.first[0], True))
+        dq, *sums = _for_each_strip(own, step, (jnp.zeros_like(rows, accumulated), *sums))
         return program.put_rows(total, dq * program.before, at), *sums
 
     def zeros(x: Any) -> Any:
