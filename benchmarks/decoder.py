@@ -40,29 +40,31 @@ valid = np.arange(PROMPT) >= np.where(np.arange(BATCH) % 2, PADDING, 0)[:, None]
 
 
 @torch.no_grad()
-def run_pytorch(model: Any, new: int) -> tuple[float, float]:
-    """The seconds of the prompt, and of ``new - 1`` steps."""
+def run_pytorch(model: Any, new: int) -> tuple[float, float, Any]:
+    """The seconds of the prompt, and of ``new - 1`` steps; and the logits after the prompt."""
     ids, mask = torch.from_numpy(tokens).long(), torch.from_numpy(valid)
     start, cache = time.perf_counter(), DynamicCache(config=model.config)
-    logits = model(ids, attention_mask=mask, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
-    middle = time.perf_counter()
+    how: Any = {"past_key_values": cache, "use_cache": True, "logits_to_keep": 1}
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    logits = model(ids, attention_mask=mask, position_ids=positions, **how).logits
+    middle, first = time.perf_counter(), logits
     for _ in range(new - 1):
-        token = logits[:, -1].argmax(-1)[:, None]
+        token, positions = logits[:, -1].argmax(-1)[:, None], positions[:, -1:] + 1
         mask = torch.cat((mask, torch.ones(BATCH, 1, dtype=torch.bool)), 1)
-        logits = model(token, attention_mask=mask, past_key_values=cache, use_cache=True).logits
-    return middle - start, time.perf_counter() - middle
+        logits = model(token, attention_mask=mask, position_ids=positions, **how).logits
+    return middle - start, time.perf_counter() - middle, first[:, -1].numpy()
 
 
-def run_flax(model: Any, new: int) -> tuple[float, float]:
+def run_flax(model: Any, new: int) -> tuple[float, float, Any]:
     """The same in Flax."""
     graph, state = nnx.split(model)
-    cache = model.empty_cache(BATCH, PROMPT + NEW)
+    cache = model.empty_cache(BATCH, PROMPT + new)
     start = time.perf_counter()
     logits, cache = jax.block_until_ready(prefill(graph, state, cache, jnp.asarray(tokens), jnp.asarray(valid)))
     middle = time.perf_counter()
     how: Any = {"new": new, "top_k": None, "on_tokens": None}
     jax.block_until_ready(decode(graph, state, cache, logits, None, jnp.zeros(0, jnp.int32), jnp.int32(0), **how))
-    return middle - start, time.perf_counter() - middle
+    return middle - start, time.perf_counter() - middle, np.asarray(logits)
 
 
 def cost_of_masks(model: Any, new: int = 24, rounds: int = 16) -> float:
@@ -124,12 +126,12 @@ def main() -> None:
         console.print(int(status.split("VmHWM:")[1].split()[0]) * 1024)
         return
     ours = load(theirs)
-    first = run_flax(ours, options.new)
-    run_pytorch(theirs, 2)
+    *first, logits = run_flax(ours, options.new)
+    np.testing.assert_allclose(logits, run_pytorch(theirs, 2)[2], rtol=0, atol=1e-3)
     times: dict[str, list[tuple[float, float]]] = {"PyTorch": [], "Flax": []}
     for _ in range(options.rounds):
         for name, run in (("PyTorch", partial(run_pytorch, theirs)), ("Flax", partial(run_flax, ours))):
-            times[name].append(run(options.new))
+            times[name].append(run(options.new)[:2])
     seconds = {name: [statistics.median(taken) for taken in zip(*runs, strict=True)] for name, runs in times.items()}
     peaks = {"PyTorch": peak("pytorch", options.new), "Flax": peak("flax", options.new)}
     counts = int(valid.size), BATCH * (options.new - 1)

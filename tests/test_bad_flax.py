@@ -37,6 +37,10 @@ def run(tokens: Any = TOKENS, valid: Any = VALID, **how: Any) -> Any:
     return generate(MODEL, tokens, valid, **how)
 
 
+def config(**changed: Any) -> DecoderConfig:
+    return dataclasses.replace(MODEL.config, **changed)
+
+
 CACHE = [
     bad("batch", lambda: empty(0), VALUE, "batch must be at least 1", "got 0"),
     bad("length", lambda: empty(length=2.0), TYPE, "length must be a Python int", "got 2.0"),
@@ -48,7 +52,7 @@ CACHE = [
         lambda: empty(1024, 2**20, (None,) * 64, kv_heads=64, dim=128),
         MemoryError,
         r"would take 4,194,304\.0 GiB \(1024 rows, 67,108,864 slots in 64 layers, 64 heads of 128",
-        r"of [\d.,]+ GiB",
+        r"and [\d.,]+ GiB are free",
         "make batch or length smaller",
     ),
     bad("count", lambda: empty().step(0), VALUE, "count must be at least 1"),
@@ -85,6 +89,16 @@ DECODER = [
     bad("too-long", lambda: MODEL(TOKENS, cache=MODEL.empty_cache(2, 2)), VALUE, "room for 2 tokens", "got 3"),
 ]
 
+CONFIG = [
+    bad("no-size", lambda: config(hidden_dim=0), VALUE, "hidden_dim must be at least 1", "got 0"),
+    bad("float-size", lambda: config(dim=8.0), TYPE, "dim must be a Python int", "8.0"),
+    bad("heads", lambda: config(kv_heads=3), VALUE, "kv_heads must divide heads, got 3 and 2"),
+    bad("odd", lambda: config(head_dim=3), VALUE, "head_dim must be even", "got 3"),
+    bad("no-layers", lambda: config(layers=()), VALUE, "layers must hold a DecoderLayer for each layer"),
+    bad("activation", lambda: config(activation="relu"), VALUE, "must be one of silu, gelu_tanh, got 'relu'"),
+    bad("qk-norm", lambda: config(qk_norm="rms"), VALUE, "qk_norm must be 'weighted', 'plain' or None, got 'rms'"),
+]
+
 GENERATE = [
     bad("no-tokens", lambda: run(np.zeros((2, 0), int), None), VALUE, "at least one token", r"int64\[2, 0\]"),
     bad("no-prompts", lambda: run(np.zeros((0, 3), int), None), VALUE, "at least one token"),
@@ -101,20 +115,18 @@ GENERATE = [
     bad("no-key", lambda: run(temperature=1.0), VALUE, "key is missing", r"jax\.random\.key"),
     bad("top-k", lambda: run(top_k=0), VALUE, "top_k must be at least 1"),
     bad("top-p", lambda: run(top_p=0.0), VALUE, "top_p must be above 0 and at most 1", "got 0.0"),
+    bad("one-end", lambda: run(end=5), TYPE, "end must be a sequence of tokens, got 5", r"say end=\[5\]"),
     bad("empty-prompt", lambda: left_pad([[1], []]), VALUE, "prompt 1 is empty"),
     bad("no-prompt", lambda: left_pad([]), VALUE, "there is none"),
     bad("prompt-of-floats", lambda: left_pad([[1], np.array([2.0])]), TYPE, "prompt 1 is float64"),
+    bad("prompt-of-int64", lambda: left_pad([[1], [2**32]]), VALUE, "prompt 1 must fit an int32", "4294967296"),
     bad("text", lambda: left_pad(["hello"]), TYPE, "sequences of ints, but prompt 0"),  # pyright: ignore[reportArgumentType]
 ]
 
 test_bad_caches = refusals(CACHE)
+test_bad_configs = refusals(CONFIG)
 test_bad_texts = refusals(DECODER)
 test_bad_prompts = refusals(GENERATE)
-
-
-def test_an_unknown_activation_is_refused() -> None:
-    with pytest.raises(ValueError, match="activation must be one of silu, gelu_tanh, got 'relu'"):
-        dataclasses.replace(MODEL.config, activation="relu")  # pyright: ignore[reportArgumentType]
 
 
 def test_what_is_no_token_is_nan_but_where_it_is_padding() -> None:
@@ -122,6 +134,16 @@ def test_what_is_no_token_is_nan_but_where_it_is_padding() -> None:
     np.testing.assert_array_equal(MODEL(tokens, VALID)[0][VALID], MODEL(TOKENS, VALID)[0][VALID])
     for token in (16, -1):
         assert jnp.isnan(MODEL(jnp.array([[3, token]]))[0][0, 1]).all()
+
+
+def test_padding_between_tokens_is_refused_or_nan_where_it_is_traced() -> None:
+    holes = np.array([[True, False, True], [False, True, True]])
+    with pytest.raises(ValueError, match="not between them"):
+        MODEL(TOKENS, holes)
+    graph, state = nnx.split(MODEL)
+    logits = jax.jit(lambda valid: nnx.merge(graph, state)(TOKENS, valid)[0])(holes)
+    assert jnp.isnan(logits[0]).all()
+    np.testing.assert_allclose(logits[1, 1:], MODEL(TOKENS[1:, 1:])[0][0], atol=1e-5)
 
 
 def test_a_full_cache_takes_no_more() -> None:

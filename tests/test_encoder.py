@@ -103,6 +103,15 @@ def test_a_row_of_padding_is_finite_and_leaves_the_others_alone(bert: BertModel,
     close(found[others], states(bert, tokens, valid, types)[-1][others])
 
 
+def test_what_is_no_token_is_nan_but_where_it_is_padding(bert: BertModel) -> None:
+    encoder, (tokens, types), valid = models.load(bert), texts(), PADDINGS["right"]
+    wanted = encoder(tokens, valid, types)[valid]
+    strange = np.where(valid, tokens, 99), valid, np.where(valid, types, -1)
+    np.testing.assert_array_equal(encoder(*strange)[valid], wanted)
+    for token, kind in ((64, 0), (-1, 0), (3, 2), (3, -1)):
+        assert jnp.isnan(encoder(np.array([[token]]), None, np.array([[kind]]))).all()
+
+
 def test_gradients_are_finite_where_a_row_is_padding() -> None:
     encoder, (tokens, types) = Encoder(ONE_LAYER, rngs=nnx.Rngs(0)), texts()
     valid = jnp.asarray(PADDINGS["right"]).at[2].set(False)
@@ -123,6 +132,12 @@ def test_a_batch_has_the_embeddings_of_each_text_alone(bert: BertModel) -> None:
     for row in (1, 2):
         alone = tokens[row, valid[row]][None]
         close(batch[row], mean_pool(encoder(alone), np.ones_like(alone))[0])
+
+
+def test_small_integers_are_tokens_too(bert: BertModel) -> None:
+    tokens, types = texts()
+    encoder = models.load(bert)
+    np.testing.assert_array_equal(encoder(tokens.astype(np.uint8), None, types), encoder(tokens, None, types))
 
 
 def test_the_mean_is_of_what_is_valid_and_zeros_where_nothing_is() -> None:

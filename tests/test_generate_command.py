@@ -197,7 +197,7 @@ def broken(tmp_path_factory: pytest.TempPathFactory, folder: Path) -> dict[str, 
         ("empty", ["a"], "config.json is not in it"),
         ("encoder", ["a"], "checkpoint of an encoder"),
         ("untold", ["a"], "tokenizer"),
-        ("other", ["Paris"], "a token 257, and the model only 257"),
+        ("other", ["Paris"], "tokens must be from 0 to 256, got 257 to 257: is the tokenizer that of the model?"),
     ],
 )
 def test_it_refuses(broken: dict[str, Path], where: str, arguments: list[str], problem: str) -> None:

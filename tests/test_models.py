@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 import torch
 from flax import nnx
+from gguf import GGUFWriter
 from safetensors.torch import load_file, save_file
-from transformers import BertConfig, BertForMaskedLM, BertModel
+from transformers import AutoModelForCausalLM, BertConfig, BertForMaskedLM, BertModel
 
 from jaxmask import checks
+from tests.tiny import tiny_llama
 from torch_compat import models
 
 SIZES: dict[str, Any] = {
@@ -114,6 +116,69 @@ def test_no_random_weights_are_made(bert: BertModel, monkeypatch: pytest.MonkeyP
     normal = jax.random.normal
     monkeypatch.setattr(jax.random, "normal", refuse)
     models.load(bert)
+
+
+def write_gguf(path: Path, model: Any, leave_out: str = "") -> None:
+    """The weights of a Llama under the names of llama.cpp, but for one tensor."""
+    names = {
+        "model.embed_tokens": "token_embd",
+        "model.norm": "output_norm",
+        "lm_head": "output",
+        "model.layers": "blk",
+        "self_attn.q_proj": "attn_q",
+        "self_attn.k_proj": "attn_k",
+        "self_attn.v_proj": "attn_v",
+        "self_attn.o_proj": "attn_output",
+        "mlp.gate_proj": "ffn_gate",
+        "mlp.up_proj": "ffn_up",
+        "mlp.down_proj": "ffn_down",
+        "post_attention_layernorm": "ffn_norm",
+        "input_layernorm": "attn_norm",
+    }
+    config, writer = model.config, GGUFWriter(path, "llama")
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_rope_dimension_count(config.head_dim)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    for name, weight in model.state_dict().items():
+        for old, new in names.items():
+            name = name.replace(old, new)
+        if name != leave_out:
+            writer.add_tensor(name, weight.numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def test_a_gguf_file_has_the_logits_of_transformers_or_is_refused_where_a_tensor_is_missing(tmp_path: Path) -> None:
+    model, tokens = tiny_llama(vocab_size=64), np.array([[1, 2, 3, 4]])
+    write_gguf(tmp_path / "whole.gguf", model)
+    theirs: Any = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="whole.gguf")
+    with torch.no_grad():
+        wanted = theirs(torch.from_numpy(tokens)).logits
+    np.testing.assert_allclose(models.load(tmp_path, gguf_file="whole.gguf")(tokens)[0], wanted, atol=1e-5)
+    write_gguf(tmp_path / "part.gguf", model, leave_out="blk.0.ffn_up.weight")
+    with pytest.raises(ValueError, match=r"part.gguf do not fit .*missing_keys.*layers.0.mlp.up_proj.weight"):
+        models.load(tmp_path, gguf_file="part.gguf")
+
+
+def test_frequencies_of_old_checkpoints_are_left_out() -> None:
+    model = tiny_llama()
+    old = model.state_dict() | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}
+    same(models.assemble(models.ARCHITECTURES["llama"], model.config, old), models.load(model))
+
+
+def test_one_file_goes_before_shards(bert: BertModel, tmp_path: Path) -> None:
+    bert.save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"a": "gone.safetensors"}}')
+    same(models.load(tmp_path), models.load(bert))
 
 
 class Tied(nnx.Module):

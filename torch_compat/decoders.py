@@ -41,12 +41,8 @@ def gemma3(config: Any) -> tuple[type[Decoder], DecoderConfig]:
     """The text model of Gemma 3."""
     if config.use_bidirectional_attention:
         raise ValueError("use_bidirectional_attention of the config must be false for a Decoder, which is causal")
-    return _gemma(
-        config,
-        qk_norm="weighted",
-        attention_cap=config.attn_logit_softcapping,
-        logits_cap=config.final_logit_softcapping,
-    )
+    # It has an attn_logit_softcapping, too, of which Transformers' model makes no use.
+    return _gemma(config, qk_norm="weighted", logits_cap=config.final_logit_softcapping)
 
 
 def llama4(config: Any) -> tuple[type[Decoder], DecoderConfig]:

@@ -5,8 +5,10 @@ that names every weight: nothing is left over, and nothing is left at random.
 """
 
 import json
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,14 +38,14 @@ class Architecture:
             that asks for what our class does not do. It is called as ``class(config, param_dtype=..., rngs=...)``.
         names: for our configuration, where each weight goes.
         rename: brings the names of a checkpoint to those of ``names``, where there are several ways to say them.
-        unused: the beginnings of the names of weights that our class has no use for.
+        unused: a regular expression of the names of weights that our class has no use for.
         ties: for a name, that of the weight it is the same as. It may be absent, and is not needed in ``names``.
     """
 
     module: Callable[[Any], tuple[type[Any], Any]]
     names: Callable[[Any], Names]
     rename: Callable[[str], str] = str
-    unused: tuple[str, ...] = ()
+    unused: str = "(?!)"
     ties: Mapping[str, str] = field(default_factory=dict[str, str])
 
 
@@ -83,7 +85,12 @@ def load(source: PreTrainedModel | str | Path, *, gguf_file: str | None = None, 
         raise FileNotFoundError(f"source is not a folder: {str(source)!r}; nothing is downloaded, so download it first")
     if gguf_file is not None:
         _file(folder, gguf_file)
-        return load(AutoModelForCausalLM.from_pretrained(folder, gguf_file=gguf_file, dtype=torch.float32), dtype=dtype)
+        read: Any = AutoModelForCausalLM.from_pretrained
+        model, found = read(folder, gguf_file=gguf_file, dtype=torch.float32, output_loading_info=True)
+        # What is missing, Transformers makes at random.
+        if problems := {what: sorted(names) for what, names in found.items() if names}:
+            raise ValueError(f"the weights of {gguf_file} do not fit {type(model).__name__}: {problems}")
+        return load(model, dtype=dtype)
     architecture = _architecture(_json(_file(folder, "config.json")).get("model_type"))
     return assemble(architecture, AutoConfig.from_pretrained(folder), _safetensors(folder), dtype)
 
@@ -146,7 +153,7 @@ def assemble(
 
 def _left_over(name: str, weights: Weights, architecture: Architecture) -> list[str]:
     """What is wrong with a weight that goes nowhere."""
-    if name.startswith(architecture.unused):
+    if re.fullmatch(architecture.unused, name):
         return []
     twin = architecture.ties.get(name)
     if twin is not None and twin in weights:
@@ -163,8 +170,9 @@ def _architecture(model_type: Any) -> Architecture:
 
 def _safetensors(folder: Path) -> Weights:
     """The tensors of a folder, mapped from their files."""
-    index = folder / "model.safetensors.index.json"
-    files = sorted(set(_json(index)["weight_map"].values())) if index.exists() else ["model.safetensors"]
+    files, index = ["model.safetensors"], folder / "model.safetensors.index.json"
+    if not (folder / files[0]).exists() and index.exists():  # in the order in which Transformers looks
+        files = sorted(set(_json(index)["weight_map"].values()))
     weights: dict[str, torch.Tensor] = {}
     for file in files:
         path = _file(folder, file)
@@ -242,15 +250,18 @@ def _bert_rename(name: str) -> str:
     return name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
 
 
-_TIED = {"lm_head.weight": "model.embed_tokens.weight"}
+# Old checkpoints hold the frequencies of rotary embeddings.
+_decoder: Any = partial(
+    Architecture, unused=r".*\.rotary_emb\.inv_freq", ties={"lm_head.weight": "model.embed_tokens.weight"}
+)
 # By the model_type of a configuration. The heads of BERT's pretraining are no part of an encoder.
 ARCHITECTURES: dict[str, Architecture] = {
-    "bert": Architecture(_bert, _bert_names, _bert_rename, unused=("pooler.", "cls.", "embeddings.position_ids")),
-    "llama": Architecture(decoders.llama, decoders.decoder_names, ties=_TIED),
-    "mistral": Architecture(decoders.mistral, decoders.decoder_names, ties=_TIED),
-    "qwen2": Architecture(decoders.qwen2, decoders.decoder_names, ties=_TIED),
-    "qwen3": Architecture(decoders.qwen3, decoders.decoder_names, ties=_TIED),
-    "gemma2": Architecture(decoders.gemma2, decoders.gemma_names, ties=_TIED),
-    "gemma3_text": Architecture(decoders.gemma3, decoders.gemma_names, ties=_TIED),
-    "llama4_text": Architecture(decoders.llama4, decoders.llama4_names, ties=_TIED),
+    "bert": Architecture(_bert, _bert_names, _bert_rename, unused=r"(pooler|cls)\..*|embeddings\.position_ids"),
+    "llama": _decoder(decoders.llama, decoders.decoder_names),
+    "mistral": _decoder(decoders.mistral, decoders.decoder_names),
+    "qwen2": _decoder(decoders.qwen2, decoders.decoder_names),
+    "qwen3": _decoder(decoders.qwen3, decoders.decoder_names),
+    "gemma2": _decoder(decoders.gemma2, decoders.gemma_names),
+    "gemma3_text": _decoder(decoders.gemma3, decoders.gemma_names),
+    "llama4_text": _decoder(decoders.llama4, decoders.llama4_names),
 }

@@ -126,11 +126,6 @@ def write(
         model, tokenizer, end = load(folder, gguf_file)
         texts = [Continuation(tokenizer, prompt) for prompt in prompts]
     tokens, valid = left_pad([text.tokens for text in texts])
-    if tokens.max() >= model.config.vocab_size:
-        raise ValueError(
-            f"the tokenizer has a token {tokens.max()}, and the model only {model.config.vocab_size}: are they of two "
-            "checkpoints?"
-        )
     what = f"a prompt of {len(tokens)} x {tokens.shape[1]} tokens and a loop of {max_new_tokens} steps"
     shown = _Screen(texts, console, _bar(log, f"compiling {what}"))
     key = jax.random.key(seed)

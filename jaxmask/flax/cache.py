@@ -8,6 +8,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -226,7 +227,7 @@ class Cache:
 
         Raises:
             TypeError, ValueError: a size is no Python int of at least 1.
-            MemoryError: the cache would be larger than all of the memory of the device; nothing was allocated.
+            MemoryError: the cache would be larger than the memory of the device that is free; nothing was allocated.
         """
         batch, length = checks.integer("batch", batch, 1), checks.integer("length", length, 1)
         kv_heads, dim = checks.integer("kv_heads", kv_heads, 1), checks.integer("dim", dim, 1)
@@ -238,8 +239,8 @@ class Cache:
         if size > (there := _memory()):
             raise MemoryError(
                 f"the cache would take {size / 2**30:,.1f} GiB ({batch} rows, {sum(slots):,} slots in {len(slots)} "
-                f"layers, {kv_heads} heads of {dim}, keys and values in {dtype}) of {there / 2**30:,.1f} GiB: make "
-                "batch or length smaller"
+                f"layers, {kv_heads} heads of {dim}, keys and values in {dtype}), and {there / 2**30:,.1f} GiB are "
+                "free: make batch or length smaller"
             )
         shapes = [(batch, each, kv_heads, dim) for each in slots]
         # Arrays of their own, so that they can be donated.
@@ -305,8 +306,11 @@ def consecutive(valid: Any) -> tuple[Any, Any, Any]:
 
 
 def _memory() -> int:
-    """The bytes of memory that the device has, whatever else is in it."""
+    """The bytes of memory of the device that are free; all that it has, where nobody says."""
     statistics = jax.local_devices()[0].memory_stats()
     if statistics and "bytes_limit" in statistics:
-        return statistics["bytes_limit"]
+        return statistics["bytes_limit"] - statistics.get("bytes_in_use", 0)
+    if (linux := Path("/proc/meminfo")).exists():
+        available = dict(line.split(":") for line in linux.read_text(encoding="ascii").splitlines())["MemAvailable"]
+        return int(available.split()[0]) * 1024
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -19,6 +19,7 @@ from jaxtyping import Array, Bool, DTypeLike, Float, Int
 from jaxmask import checks
 from jaxmask.dispatch import Implementation, attention
 from jaxmask.flax.cache import Cache, LayerCache, Step, check_valid, consecutive
+from jaxmask.flax.embed import embed
 from jaxmask.leaves import Causal, Chunked, Padding, Segments, SlidingWindow
 from jaxmask.mask import Full, Mask
 
@@ -86,6 +87,7 @@ class DecoderLayer:
         rope: how positions are told; ``None`` where they are not.
         temperature: ``(floor, scale)``: a query at position ``p`` is multiplied by
             ``1 + scale * log(1 + floor((p + 1) / floor))``, as where Llama 4 tells no positions; ``None`` for 1.
+            Transformers counts padding on the left as positions, too, so that a text is not as it is alone.
     """
 
     window: int | None = None
@@ -128,6 +130,9 @@ class DecoderConfig:
         embedding_scale: by which embeddings are multiplied.
         attention_scale: of the scores; ``None`` for ``head_dim ** -0.5``.
         attention_cap, logits_cap: soft caps of the scores and of the logits (Gemma 2); ``None`` for none.
+
+    Raises:
+        ValueError, TypeError: a size is no positive Python int; these do not fit each other, or are not known.
     """
 
     vocab_size: int
@@ -151,8 +156,18 @@ class DecoderConfig:
     logits_cap: float | None = None
 
     def __post_init__(self) -> None:
+        for name in ("vocab_size", "dim", "hidden_dim", "heads", "kv_heads", "head_dim"):
+            checks.integer(name, getattr(self, name), minimum=1)
+        if self.heads % self.kv_heads:
+            raise ValueError(f"kv_heads must divide heads, got {self.kv_heads} and {self.heads}")
+        if not self.layers:
+            raise ValueError("layers must hold a DecoderLayer for each layer, got none")
+        if self.head_dim % 2 and any(layer.rope is not None for layer in self.layers):
+            raise ValueError(f"head_dim must be even, for rotary embeddings turn pairs, got {self.head_dim}")
         if self.activation not in ACTIVATIONS:
             raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {self.activation!r}")
+        if self.qk_norm not in (None, "weighted", "plain"):
+            raise ValueError(f"qk_norm must be 'weighted', 'plain' or None, got {self.qk_norm!r}")
 
 
 class Attention(nnx.Module):
@@ -286,13 +301,14 @@ class Decoder(nnx.Module):
         """The logits of the token after each, and the cache with these tokens.
 
         Args:
-            tokens: the text, or what comes after that in the cache.
+            tokens: the text, or what comes after that in the cache. What is no token of the model makes NaN.
             valid: which of them are no padding; ``None`` for all. Padding may be on either side.
             cache: the text so far, of :meth:`empty_cache` or of the last call; ``None`` where this is all of the text.
             mask: joined to that of each layer, as ``Segments(ids)`` for packed documents. Its keys are in the order of
                 ``tokens``, so that it needs that there is no cache.
             positions: of the tokens, for rotary embeddings and chunks, ``[batch, q]``; ``None`` to count those of each
-                row that are no padding.
+                row that are no padding, of which there is then none between two tokens: an error, or NaN where that
+                is not known when the program is traced.
             last_only: whether to return the logits after the last token of each row only, ``[batch, 1, vocab]``.
             implementation: of :func:`jaxmask.attention`.
 
@@ -310,11 +326,14 @@ class Decoder(nnx.Module):
                 "them out, or cache"
             )
         step = None if cache is None else cache.step(tokens.shape[1], valid)
+        fits: Any = None
         if step is not None:
             positions = step.positions
         elif positions is None:
-            index = np.arange(tokens.shape[1], dtype=np.int32)[None]
-            positions = index if valid is None else index - consecutive(valid)[1][:, None]
+            positions = np.arange(tokens.shape[1], dtype=np.int32)[None]
+            if valid is not None:
+                _, padding, fits = consecutive(valid)
+                positions = positions - padding[:, None]
         elif checks.array("positions", positions, "i", 2).shape != tokens.shape:
             raise ValueError(
                 f"positions must be as tokens, {list(tokens.shape)}, got {checks.describe(positions)}; leave them out "
@@ -323,12 +342,7 @@ class Decoder(nnx.Module):
         mask = Full() if mask is None else mask
         if valid is not None:
             mask = mask & Padding(valid)
-        checks.fits_int32("tokens", tokens)
-        # NaN for what is no token; but for padding anything will do.
-        tokens = jnp.where(jnp.asarray(tokens) < 0, self.config.vocab_size, tokens)
-        tokens = tokens if valid is None else jnp.where(valid, tokens, 0)
-        embedding = self.embedding.embedding[...]
-        x = jnp.take(embedding, tokens, axis=0) * self.config.embedding_scale
+        x = embed("tokens", tokens, self.embedding, valid) * self.config.embedding_scale
         layers: list[Any] = [None] * len(self.blocks) if cache is None else list(cache.layers)
         for i, block in enumerate(self.blocks):
             x, layers[i] = block(x, positions, mask, layers[i], step, implementation)
@@ -336,7 +350,9 @@ class Decoder(nnx.Module):
             last = tokens.shape[1] - 1 - jnp.argmax(jnp.asarray(valid)[:, ::-1], 1)
             x = jnp.take_along_axis(x, last[:, None, None], 1)
         x = self.norm(x[:, -1:] if last_only else x)
-        logits = x @ embedding.T if self.head is None else self.head(x)
+        if fits is not None:
+            x = jnp.where(fits[:, None, None], x, jnp.nan)
+        logits = x @ self.embedding.embedding[...].T if self.head is None else self.head(x)
         if (cap := self.config.logits_cap) is not None:
             logits = cap * jnp.tanh(logits / cap)
         return logits, None if step is None else step.end(layers)

@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, DTypeLike, Float, Int
 
 from jaxmask import checks
 from jaxmask.dispatch import Implementation, attention
+from jaxmask.flax.embed import embed
 from jaxmask.leaves import Padding
 from jaxmask.mask import Full, Mask
 
@@ -92,10 +93,10 @@ class Encoder(nnx.Module):
     """
 
     def __init__(self, config: EncoderConfig, *, param_dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs) -> None:
-        embed = partial(nnx.Embed, features=config.dim, param_dtype=param_dtype, rngs=rngs)
+        table = partial(nnx.Embed, features=config.dim, param_dtype=param_dtype, rngs=rngs)
         self.config = config
-        self.words, self.positions = embed(config.vocab_size), embed(config.max_length)
-        self.types = embed(config.token_types)
+        self.words, self.positions = table(config.vocab_size), table(config.max_length)
+        self.types = table(config.token_types)
         self.norm = _norm(config, param_dtype, rngs)
         self.layers = nnx.List([EncoderLayer(config, param_dtype, rngs) for _ in range(config.layers)])
 
@@ -110,8 +111,8 @@ class Encoder(nnx.Module):
         """The hidden states after the last layer.
 
         Args:
-            tokens: integer ``[batch, length]``, each less than ``vocab_size``. Positions are counted from the first
-                column, padding included, on whichever side it is: Transformers' way.
+            tokens: integer ``[batch, length]``, each less than ``vocab_size``, or the hidden states are NaN. Positions
+                are counted from the first column, padding included, on whichever side it is: Transformers' way.
             valid: bool or 0/1 ``[batch, length]``, false for padding; ``None`` if there is none.
             token_types: integer ``[batch, length]``; ``None`` for zeros.
             implementation: of the attention, as in :func:`jaxmask.attention`.
@@ -132,12 +133,8 @@ class Encoder(nnx.Module):
             )
         types = jnp.zeros_like(tokens) if token_types is None else _like(tokens, "token_types", token_types, "i")
         mask = Full() if valid is None else Padding(_like(tokens, "valid", valid, "bi"))
-        tokens = jnp.asarray(tokens)
-        if valid is not None:
-            # What stands at padding may be no token of this model, and must not be NaN.
-            known = tokens.clip(0, self.config.vocab_size - 1)
-            tokens = jnp.where(jnp.asarray(valid).astype(bool), tokens, known)
-        embedded = self.words(tokens) + self.types(jnp.asarray(types))
+        is_token = None if valid is None else jnp.asarray(valid).astype(bool)
+        embedded = embed("tokens", tokens, self.words, is_token) + embed("token_types", types, self.types, is_token)
         hidden = self.norm(embedded + self.positions(jnp.arange(length)))
         for layer in self.layers:
             hidden = layer(hidden, mask, implementation)

@@ -40,7 +40,7 @@ def left_pad(prompts: Sequence[Sequence[int] | np.ndarray], pad: int = 0) -> tup
         int32 ``[batch, length]`` tokens, and bool ``[batch, length]``, which are no padding.
 
     Raises:
-        ValueError: there is no prompt, or one of them is empty.
+        ValueError: there is no prompt, or one of them is empty, or a token does not fit an int32.
         TypeError: a token is no int.
 
     >>> tokens, valid = left_pad([[5, 6, 7], [8]])
@@ -54,6 +54,7 @@ def left_pad(prompts: Sequence[Sequence[int] | np.ndarray], pad: int = 0) -> tup
     for i, row in enumerate(rows):
         if row.ndim != 1 or not np.issubdtype(row.dtype, np.integer):
             raise TypeError(f"prompts must be sequences of ints, but prompt {i} is {checks.describe(row)}")
+        checks.fits_int32(f"prompt {i}", row)
     length = max(map(len, rows))
     tokens = np.stack([np.pad(row, (length - len(row), 0), constant_values=pad) for row in rows]).astype(np.int32)
     return tokens, np.arange(length) >= np.array([[length - len(row)] for row in rows])
@@ -120,6 +121,8 @@ def generate(
         )
     if temperature and key is None:
         raise ValueError(f"key is missing: to draw tokens at temperature {temperature}, say key=jax.random.key(seed)")
+    if isinstance(end, int):
+        raise TypeError(f"end must be a sequence of tokens, got {end}; say end=[{end}]")
     if top_k is not None:
         top_k = min(int(top_k), model.config.vocab_size)
     graph, state = nnx.split(model)
