@@ -25,7 +25,8 @@ def make_attention_fn(
     What flax passes is honoured or refused. The bool mask of the call and ``is_causal`` are joined to the description
     by ``&``, the bias is added, the inputs are cast to the dtype; dropout, a precision, other products and sown weights
     are refused. Where the lengths differ and the description depends on positions, as in a decoding step with flax's
-    own cache, it needs an offset, and says so.
+    own cache, it needs an offset, and says so: make the function in the step, with the layer's ``cache_index``, and one
+    compilation serves all steps. :class:`jaxmask.flax.Cache` needs none of that.
 
     Args:
         description: which keys a query attends to; ``None`` for all.

@@ -92,7 +92,7 @@ def verify(
             oracles=oracle or None,
             report=report,
         )
-    except ValueError as error:
+    except (ValueError, ModuleNotFoundError) as error:
         _fail(error)
     raise typer.Exit(status)
 

@@ -146,6 +146,13 @@ def test_padding_between_tokens_is_refused_or_nan_where_it_is_traced() -> None:
     np.testing.assert_allclose(logits[1, 1:], MODEL(TOKENS[1:, 1:])[0][0], atol=1e-5)
 
 
+def test_the_last_logits_of_a_row_of_padding_are_nan() -> None:
+    valid = np.array([[True, True, False], [False] * 3])
+    logits, _ = MODEL(TOKENS, valid, last_only=True)
+    np.testing.assert_allclose(logits[0, 0], MODEL(TOKENS[:1, :2])[0][0, -1], atol=1e-5)
+    assert jnp.isnan(logits[1]).all()
+
+
 def test_a_full_cache_takes_no_more() -> None:
     cache = MODEL(TOKENS, VALID, cache=MODEL.empty_cache(2, 3))[1]
     assert cache is not None
@@ -168,13 +175,22 @@ def test_a_step_of_flax_that_is_causal_never_sees_the_first_key_alone(descriptio
 
 
 def test_decoding_through_the_cache_of_flax_is_the_whole_text() -> None:
-    """With its own cache flax masks what is not yet there; a window beside that is told the position."""
-    window, x = Causal() & SlidingWindow(3), jax.random.normal(jax.random.key(0), (2, 7, 8))
+    """With its own cache flax masks what is not yet there; a window is told the position, and compiled once."""
+    window, x = SlidingWindow(3), jax.random.normal(jax.random.key(0), (2, 7, 8))
     layer = nnx.MultiHeadAttention(2, 8, decode=False, rngs=nnx.Rngs(0))
     layer.attention_fn = jaxmask.make_attention_fn(window)
     wanted = layer(x)
     layer.init_cache((2, 7, 8))
+    graph, state = nnx.split(layer)
+
+    def decode(state: Any, x: Any) -> Any:
+        layer = nnx.merge(graph, state)
+        assert layer.cache_index is not None
+        layer.attention_fn = jaxmask.make_attention_fn(window, offset=layer.cache_index[...])
+        return layer(x, decode=True), nnx.state(layer)
+
+    step: Any = jax.jit(decode)
     for at in range(7):
-        layer.attention_fn = jaxmask.make_attention_fn(window, offset=jnp.int32(at))
-        found = layer(x[:, at : at + 1], decode=True)
+        found, state = step(state, x[:, at : at + 1])
         np.testing.assert_allclose(found[:, 0], wanted[:, at], rtol=1e-5, atol=1e-5)
+    assert step._cache_size() == 1

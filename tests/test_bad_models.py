@@ -11,7 +11,17 @@ import numpy as np
 import torch
 from flax import nnx
 from safetensors.torch import save_file
-from transformers import BertConfig, BertForSequenceClassification, BertModel, T5Config, T5ForConditionalGeneration
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    BertModel,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    Llama4ForCausalLM,
+    Llama4TextConfig,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from jaxmask.flax.encoder import Encoder, EncoderConfig, mean_pool
 from tests.bad import bad, refusals
@@ -33,6 +43,8 @@ BERT = BertModel(CONFIG)
 WEIGHTS = BERT.state_dict()
 KERNEL, BIAS = "encoder.layer.0.output.dense.weight", "embeddings.LayerNorm.bias"
 TEXT = json.dumps({"model_type": "bert", **SIZES})
+YARN = {"rope_type": "yarn", "rope_theta": 1000.0, "factor": 4.0, "original_max_position_embeddings": 16}
+TEXT_SIZES: dict[str, Any] = {**SIZES, "num_key_value_heads": 2, "head_dim": 4}
 T5 = T5Config(vocab_size=16, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2)
 
 
@@ -55,6 +67,10 @@ def load_tensors(**changed: torch.Tensor | None) -> Any:
 
 def llama(heads: int, kv_heads: int) -> Any:
     return tiny_llama(hidden_size=8, num_attention_heads=heads, num_key_value_heads=kv_heads, head_dim=2)
+
+
+def of_llama(**changed: Any) -> Callable[[], Any]:
+    return lambda: models.load(tiny_llama(num_hidden_layers=1, **changed))
 
 
 def of_config(**changed: Any) -> Callable[[], Any]:
@@ -114,6 +130,25 @@ SOURCES = [
     bad("float64", lambda: models.load(BERT, dtype=jnp.float64), VALUE, "float64 is switched off"),
     bad("activation", of_config(hidden_act="relu"), VALUE, "hidden_act of the config must be 'gelu'", "got 'relu'"),
     bad("decoder", of_config(is_decoder=True), VALUE, "is_decoder of the config must be False", "got True"),
+]
+
+DECODERS = [
+    bad("yarn", of_llama(rope_parameters=YARN), VALUE, "rope_type .* must be one of default, linear", "got 'yarn'"),
+    bad("relu", of_llama(hidden_act="relu"), VALUE, "hidden_act of the config must be one of silu", "got 'relu'"),
+    bad("not-causal", of_llama(is_causal=False), VALUE, "is_causal of the config must be True", "got False"),
+    bad(
+        "bidirectional",
+        lambda: models.load(Gemma3ForCausalLM(Gemma3TextConfig(**TEXT_SIZES, use_bidirectional_attention=True))),
+        VALUE,
+        "use_bidirectional_attention of the config must be False",
+    ),
+    bad(
+        "experts",
+        lambda: models.load(Llama4ForCausalLM(Llama4TextConfig(**TEXT_SIZES, num_local_experts=2, moe_layers=[0]))),
+        VALUE,
+        r"moe_layers of the config must be \[\]",
+        r"got \[0\]",
+    ),
 ]
 
 FITTING = [
@@ -210,5 +245,6 @@ ENCODERS = [
 
 test_folder = refusals(FOLDERS)
 test_source = refusals(SOURCES)
+test_decoder = refusals(DECODERS)
 test_fitting = refusals(FITTING)
 test_encoder = refusals(ENCODERS)

@@ -40,6 +40,10 @@ LLAMA3: dict[str, Any] = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 16,
 }
+LINEAR: dict[str, Any] = {
+    "full_attention": {"rope_type": "linear", "rope_theta": 1000.0, "factor": 8.0},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+}
 QWEN: dict[str, Any] = {"use_sliding_window": True, "max_window_layers": 1}
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "Llama": ("Llama", {"tie_word_embeddings": True}),
@@ -49,6 +53,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "Mistral without a window": ("Mistral", {"sliding_window": None}),
     "Gemma-2": ("Gemma2", MIXED | {"query_pre_attn_scalar": 24, "attn_logit_softcapping": 2.0}),
     "Gemma-3": ("Gemma3Text", MIXED),
+    "Gemma-3 with longer positions": ("Gemma3Text", MIXED | {"rope_parameters": LINEAR}),
     "Qwen2": ("Qwen2", MIXED | QWEN),
     "Qwen3": ("Qwen3", MIXED | QWEN),
     "Llama-4": ("Llama4Text", {"attention_chunk_size": WINDOW, "moe_layers": [], "no_rope_layers": [1, 0, 1]}),
@@ -161,6 +166,12 @@ def test_half_precision_keeps_its_dtype(name: str) -> None:
     logits, cache = model(batch()[0], cache=model.empty_cache(3, LENGTH))
     assert logits.dtype == model(batch()[0])[0].dtype == jnp.bfloat16
     assert {leaf.dtype.name for leaf in jax.tree.leaves(cache.layers)} == {"bfloat16"}
+
+
+def test_the_scales_of_norms_are_not_rounded_to_half_precision() -> None:
+    theirs: Any = make("Gemma-2")
+    scale = load(theirs, dtype=jnp.bfloat16).blocks[0].attention_norm.scale[...]
+    np.testing.assert_array_equal(scale, 1 + theirs.model.layers[0].input_layernorm.weight.detach())
 
 
 @pytest.mark.parametrize("name", ["Gemma-2", "Llama-4"])

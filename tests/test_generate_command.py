@@ -131,6 +131,24 @@ def test_a_terminal_is_sent_one_text_as_it_comes(folder: Path, expected: list[li
     assert "compiling a prompt of 1 x 11 tokens" in log
 
 
+def test_a_text_is_written_token_by_token(folder: Path, expected: list[list[int]]) -> None:
+    class Pieces(StringIO):
+        """A file that knows what had been written each time that it was flushed."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.seen: list[str] = []
+
+        def flush(self) -> None:
+            self.seen.append(self.getvalue())
+
+    file = Pieces()
+    console, log = Console(file=file), Console(file=StringIO())
+    text.write(PROMPTS[:1], max_new_tokens=12, folder=folder, console=console, log=log)
+    prefixes = [PROMPTS[0] + read(expected[0][:count]) for count in range(1, 12)]
+    assert [prefix for prefix in prefixes if prefix not in file.seen] == []
+
+
 def test_a_terminal_is_sent_panels_for_several_texts(folder: Path) -> None:
     _, out, _ = in_terminal(folder, PROMPTS, 2)
     assert out.rstrip().endswith("╯\n\x1b[?25h")

@@ -118,7 +118,7 @@ def test_no_random_weights_are_made(bert: BertModel, monkeypatch: pytest.MonkeyP
     models.load(bert)
 
 
-def write_gguf(path: Path, model: Any, leave_out: str = "") -> None:
+def write_gguf(path: Path, model: Any, leave_out: str = "", add: str = "", scaling: str = "none") -> None:
     """The weights of a Llama under the names of llama.cpp, but for one tensor."""
     names = {
         "model.embed_tokens": "token_embd",
@@ -146,6 +146,9 @@ def write_gguf(path: Path, model: Any, leave_out: str = "") -> None:
     writer.add_rope_dimension_count(config.head_dim)
     writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_string("llama.rope.scaling.type", scaling)
+    if add:
+        writer.add_tensor(add, np.ones(4, np.float32))
     for name, weight in model.state_dict().items():
         for old, new in names.items():
             name = name.replace(old, new)
@@ -157,16 +160,29 @@ def write_gguf(path: Path, model: Any, leave_out: str = "") -> None:
     writer.close()
 
 
-def test_a_gguf_file_has_the_logits_of_transformers_or_is_refused_where_a_tensor_is_missing(tmp_path: Path) -> None:
-    model, tokens = tiny_llama(vocab_size=64), np.array([[1, 2, 3, 4]])
-    write_gguf(tmp_path / "whole.gguf", model)
-    theirs: Any = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="whole.gguf")
+def test_a_gguf_file_has_the_logits_of_transformers(tmp_path: Path) -> None:
+    tokens = np.array([[1, 2, 3, 4]])
+    write_gguf(tmp_path / "a.gguf", tiny_llama())
+    theirs: Any = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="a.gguf")
     with torch.no_grad():
         wanted = theirs(torch.from_numpy(tokens)).logits
-    np.testing.assert_allclose(models.load(tmp_path, gguf_file="whole.gguf")(tokens)[0], wanted, atol=1e-5)
-    write_gguf(tmp_path / "part.gguf", model, leave_out="blk.0.ffn_up.weight")
-    with pytest.raises(ValueError, match=r"part.gguf do not fit .*missing_keys.*layers.0.mlp.up_proj.weight"):
-        models.load(tmp_path, gguf_file="part.gguf")
+    np.testing.assert_allclose(models.load(tmp_path, gguf_file="a.gguf")(tokens)[0], wanted, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("changed", "problem"),
+    [
+        ({"leave_out": "blk.0.ffn_up.weight"}, r"a.gguf do not fit .*missing_keys.*layers.0.mlp.up_proj.weight"),
+        ({"add": "rope_freqs.weight"}, r"a.gguf do not fit .*left_over.*rope_freqs.weight"),
+        ({"scaling": "linear"}, r"rope.scaling.type of a.gguf must be 'none'.*got 'linear'"),
+    ],
+)
+def test_a_gguf_file_is_refused_where_transformers_would_not_say_a_word(
+    changed: dict[str, str], problem: str, tmp_path: Path
+) -> None:
+    write_gguf(tmp_path / "a.gguf", tiny_llama(), **changed)
+    with pytest.raises(ValueError, match=problem):
+        models.load(tmp_path, gguf_file="a.gguf")
 
 
 def test_frequencies_of_old_checkpoints_are_left_out() -> None:

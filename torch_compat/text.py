@@ -18,8 +18,8 @@ from rich.live import Live
 from rich.panel import Panel
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.text import Text
-from transformers import AutoTokenizer, GenerationConfig
-from transformers.utils import GENERATION_CONFIG_NAME, logging
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME, logging
 
 from jaxmask.flax.decoder import Decoder
 from jaxmask.flax.generate import check_settings, generate, left_pad
@@ -47,11 +47,12 @@ def load(folder: Path, gguf_file: str | None = None) -> tuple[Decoder, Any, list
         raise ValueError(
             f"the tokenizer in {str(folder)!r} is missing or broken; save it there by tokenizer.save_pretrained(folder)"
         ) from error
-    ends = tokenizer.eos_token_id
-    if (folder / GENERATION_CONFIG_NAME).is_file():
-        # As Transformers' generate has it: a model for chats may end a turn by one token, and a text by another.
-        ends = GenerationConfig.from_pretrained(folder).eos_token_id or ends
-    return model, tokenizer, [] if ends is None else np.atleast_1d(ends).tolist()
+    # As Transformers' generate has it: a model for chats may end a turn by one token, and a text by another.
+    files: dict[str, Any] = {GENERATION_CONFIG_NAME: GenerationConfig}
+    files |= {CONFIG_NAME: AutoConfig} if gguf_file is None else {}
+    ends = [kind.from_pretrained(folder).eos_token_id for file, kind in files.items() if (folder / file).is_file()]
+    end = next((end for end in (*ends, tokenizer.eos_token_id) if end is not None), [])
+    return model, tokenizer, np.atleast_1d(end).tolist()
 
 
 class Continuation:

@@ -41,7 +41,7 @@ from torch_compat import (
 from torch_compat import cases as older_cases
 from torch_compat.blocks import to_block_mask
 from torch_compat.bridge import bits, to_torch
-from torch_compat.cases import DTYPES, Case, Side
+from torch_compat.cases import DTYPES, Case, Side, minilm_folder
 
 ORACLES: dict[str, ModuleType] = {"reference": reference, "transformers": transformers_masks}
 OPERATIONS = (*older_cases.OPERATIONS, *masking_cases.OPERATIONS)
@@ -284,6 +284,10 @@ def run(
         if operations and operation not in comparable:
             raise ValueError(f"op: {operation!r} is compared with {' and '.join(oracles_of(operation))} alone")
     operations = operations or comparable
+    checks = MODELS if operations is comparable else ()
+    if checks:  # that weights are missing is said now, and not after minutes
+        minilm_folder()
+        smollm2.checkpoint()
     console = console or _console()
     rows: list[Row] = []
     with Progress(console=console, disable=not console.is_terminal, transient=True) as progress:
@@ -319,7 +323,7 @@ def run(
         total, differences = _totals(of_bits)
         console.print(f"{total:,} comparisons, bit for bit: {differences} differences")
     models: list[ModelCheck] = []
-    for check in MODELS if operations is comparable else ():
+    for check in checks:
         models.append(check())
         console.print(models[-1].describe(), soft_wrap=True)
     total, differences = _totals(rows)

@@ -4,7 +4,7 @@ A token at position ``p`` of its row is in slot ``p`` of a layer that keeps all,
 with a window, which is a ring buffer. Padding has no slot. So the number of tokens in each row says what is where.
 """
 
-import os
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -227,7 +227,8 @@ class Cache:
 
         Raises:
             TypeError, ValueError: a size is no Python int of at least 1.
-            MemoryError: the cache would be larger than the memory of the device that is free; nothing was allocated.
+            MemoryError: the cache would be larger than the memory that is free, of the device, or of all devices in a
+                trace; nothing was allocated.
         """
         batch, length = checks.integer("batch", batch, 1), checks.integer("length", length, 1)
         kv_heads, dim = checks.integer("kv_heads", kv_heads, 1), checks.integer("dim", dim, 1)
@@ -236,7 +237,8 @@ class Cache:
         slots = [length if each is None else min(checks.integer("layers", each, 1), length) for each in layers]
         dtype = checks.float_dtype(dtype)
         size = 2 * batch * sum(slots) * kv_heads * dim * dtype.itemsize
-        if size > (there := _memory()):
+        # In a trace, a cache may be made over all devices.
+        if size > (there := _memory() * (jax.device_count() if checks.is_traced(jnp.zeros(())) else 1)):
             raise MemoryError(
                 f"the cache would take {size / 2**30:,.1f} GiB ({batch} rows, {sum(slots):,} slots in {len(slots)} "
                 f"layers, {kv_heads} heads of {dim}, keys and values in {dtype}), and {there / 2**30:,.1f} GiB are "
@@ -306,11 +308,11 @@ def consecutive(valid: Any) -> tuple[Any, Any, Any]:
 
 
 def _memory() -> int:
-    """The bytes of memory of the device that are free; all that it has, where nobody says."""
+    """The bytes of memory of a device that are free; without end, where nobody says."""
     statistics = jax.local_devices()[0].memory_stats()
     if statistics and "bytes_limit" in statistics:
         return statistics["bytes_limit"] - statistics.get("bytes_in_use", 0)
     if (linux := Path("/proc/meminfo")).exists():
         available = dict(line.split(":") for line in linux.read_text(encoding="ascii").splitlines())["MemAvailable"]
         return int(available.split()[0]) * 1024
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return sys.maxsize

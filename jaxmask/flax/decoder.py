@@ -170,6 +170,13 @@ class DecoderConfig:
             raise ValueError(f"qk_norm must be 'weighted', 'plain' or None, got {self.qk_norm!r}")
 
 
+class Norm(nnx.RMSNorm):
+    """That of nnx, in float32 and back: a scale that is 1 and a little, as Gemma's, is not rounded to bfloat16."""
+
+    def __call__(self, x: Float[Array, "..."], mask: Bool[Array, "..."] | None = None) -> Float[Array, "..."]:
+        return super().__call__(x, mask).astype(x.dtype)
+
+
 class Attention(nnx.Module):
     """Grouped-query attention with rotary embeddings, over the text at hand or over a cache."""
 
@@ -259,7 +266,7 @@ class Decoder(nnx.Module):
 
     Args:
         config: its sizes, and what its layers are.
-        param_dtype: of the weights, and so of what is computed; norms and softmax are in float32.
+        param_dtype: of the weights, and so of what is computed; norms, their scales too, and softmax are in float32.
         rngs: for random weights.
 
     >>> layers = DecoderLayer(), DecoderLayer(window=4)
@@ -309,7 +316,8 @@ class Decoder(nnx.Module):
             positions: of the tokens, for rotary embeddings and chunks, ``[batch, q]``; ``None`` to count those of each
                 row that are no padding, of which there is then none between two tokens: an error, or NaN where that
                 is not known when the program is traced.
-            last_only: whether to return the logits after the last token of each row only, ``[batch, 1, vocab]``.
+            last_only: whether to return the logits after the last token of each row only, ``[batch, 1, vocab]``; NaN
+                for a row of padding.
             implementation: of :func:`jaxmask.attention`.
 
         Raises:
@@ -348,7 +356,8 @@ class Decoder(nnx.Module):
             x, layers[i] = block(x, positions, mask, layers[i], step, implementation)
         if last_only and valid is not None:
             last = tokens.shape[1] - 1 - jnp.argmax(jnp.asarray(valid)[:, ::-1], 1)
-            x = jnp.take_along_axis(x, last[:, None, None], 1)
+            is_there = jnp.asarray(valid).any(1)[:, None, None]
+            x = jnp.where(is_there, jnp.take_along_axis(x, last[:, None, None], 1), jnp.nan)
         x = self.norm(x[:, -1:] if last_only else x)
         if fits is not None:
             x = jnp.where(fits[:, None, None], x, jnp.nan)
@@ -358,7 +367,6 @@ class Decoder(nnx.Module):
         return logits, None if step is None else step.end(layers)
 
 
-def _norm(
-    config: DecoderConfig, size: int, param_dtype: DTypeLike, rngs: nnx.Rngs, *, has_scale: bool = True
-) -> nnx.RMSNorm:
-    return nnx.RMSNorm(size, epsilon=config.epsilon, param_dtype=param_dtype, use_scale=has_scale, rngs=rngs)
+def _norm(config: DecoderConfig, size: int, param_dtype: DTypeLike, rngs: nnx.Rngs, *, has_scale: bool = True) -> Norm:
+    wide = jnp.promote_types(param_dtype, jnp.float32)
+    return Norm(size, epsilon=config.epsilon, param_dtype=wide, use_scale=has_scale, rngs=rngs)
