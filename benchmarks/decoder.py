@@ -67,7 +67,7 @@ def run_flax(model: Any, new: int) -> tuple[float, float, Any]:
     return middle - start, time.perf_counter() - middle, np.asarray(logits)
 
 
-def cost_of_masks(model: Any, new: int = 24, rounds: int = 16) -> float:
+def cost_of_masks(model: Any, new: int = 9, rounds: int = 40) -> float:
     """The part of a step that goes when no mask is read, in a cache that is as long as the texts."""
     graph, state = nnx.split(model)
 
@@ -91,7 +91,8 @@ def cost_of_masks(model: Any, new: int = 24, rounds: int = 16) -> float:
     jax.block_until_ready(with_mask())
     with patch.object(LayerCache, "attend", without_mask):
         jax.block_until_ready(without())
-    seconds = compare(with_mask, without, rounds=rounds)
+    # The least, for what is looked for is smaller than what else the machine does, which only adds.
+    seconds = compare(with_mask, without, rounds=rounds, statistic=min)
     return 1 - seconds[1] / seconds[0]
 
 
