@@ -47,7 +47,7 @@ ORACLES: dict[str, ModuleType] = {"reference": reference, "transformers": transf
 OPERATIONS = (*older_cases.OPERATIONS, *masking_cases.OPERATIONS)
 ALL_OPERATIONS = (*OPERATIONS, *attention.OPERATIONS)
 ALL_ORACLES = (*ORACLES, *attention.ORACLES)
-DEFAULT_CASES, DEFAULT_ATTENTION_CASES = 240, 12
+DEFAULT_CASES, DEFAULT_ATTENTION_CASES = 120, 12
 ModelCheck = minilm.ModelCheck | tiny_models.ModelCheck | real_models.EmbeddingsCheck | smollm2.GenerationCheck
 MODELS: tuple[Callable[[], ModelCheck], ...] = (
     partial(minilm.check, "eager"),
