@@ -108,7 +108,7 @@ def products(theirs: Any, ours: Any, count: int, layers: int) -> float:
     @jax.jit
     def in_flax(state: Any, inputs: Any) -> Any:
         blocks = list(nnx.merge(graph, state).blocks)[:layers]
-        return [linear(inputs[linear.in_features]) for block in blocks for linear in linears(block)]
+        return [linear(inputs[linear.weight.shape[1]]) for block in blocks for linear in linears(block)]
 
     @torch.no_grad()
     def in_torch(inputs: Any) -> Any:

@@ -10,6 +10,7 @@ import numpy as np
 from flax import nnx
 
 from jaxmask import Causal, Mask, Padding, attention
+from jaxmask.flax.linear import Linear
 from torch_compat.models import Architecture, Names, embedding, linear, norm
 
 # Of each layer of the decoder, the keys and values of all positions that there will ever be.
@@ -48,8 +49,8 @@ class Attention(nnx.Module):
     def __init__(self, config: Config, *, param_dtype: Any, rngs: nnx.Rngs) -> None:
         inner, self.head_dim = config.heads * config.head_dim, config.head_dim
 
-        def project(size: int, to: int) -> nnx.Linear:
-            return nnx.Linear(size, to, use_bias=False, param_dtype=param_dtype, rngs=rngs)
+        def project(size: int, to: int) -> Linear:
+            return Linear(size, to, use_bias=False, param_dtype=param_dtype, rngs=rngs)
 
         self.query, self.key, self.value = (project(config.dim, inner) for _ in range(3))
         self.out = project(inner, config.dim)
@@ -74,8 +75,8 @@ class Layer(nnx.Module):
         if crosses:
             self.cross_norm = _norm(config, how)
             self.cross_attention = Attention(config, **how)
-        self.up = nnx.Linear(config.dim, config.hidden_dim, use_bias=False, **how)
-        self.down = nnx.Linear(config.hidden_dim, config.dim, use_bias=False, **how)
+        self.up = Linear(config.dim, config.hidden_dim, use_bias=False, **how)
+        self.down = Linear(config.hidden_dim, config.dim, use_bias=False, **how)
 
     def mlp(self, x: jax.Array) -> jax.Array:
         return x + self.down(jax.nn.relu(self.up(self.mlp_norm(x))))

@@ -164,23 +164,23 @@ FITTING = [
         "missing",
         lambda: load_tensors(**{KERNEL: None, BIAS: None}),
         VALUE,
-        f"{KERNEL} is missing, for layers.0.down.kernel",
+        f"{KERNEL} is missing, for layers.0.down.weight",
         f"{BIAS} is missing, for norm.bias",
     ),
     bad(
         "shape",
         lambda: load_tensors(**{KERNEL: torch.ones(8, 11)}),
         VALUE,
-        rf"{KERNEL} is \[11, 8\] where layers.0.down.kernel is \[12, 8\]",
+        rf"{KERNEL} is \[8, 11\] where layers.0.down.weight is \[8, 12\]",
     ),
     bad(
         "heads-of-another-model",
         lambda: models.assemble(models.ARCHITECTURES["llama"], llama(4, 4).config, llama(8, 2).state_dict()),
         VALUE,
-        r"q_proj.weight is \[8, 16\], .*k_proj.weight is \[8, 4\], .* where blocks.0.attention.query_key_value.kernel "
-        r"is \[8, 24\], its parts \[8, 8, 8\]",
+        r"q_proj.weight is \[16, 8\], .*k_proj.weight is \[4, 8\], .* where blocks.0.attention.query_key_value.weight "
+        r"is \[24, 8\], its parts \[8, 8, 8\]",
     ),
-    bad("rank", lambda: load_tensors(**{KERNEL: torch.ones(8, 12, 1)}), VALUE, rf"{KERNEL} is \[1, 12, 8\] where"),
+    bad("rank", lambda: load_tensors(**{KERNEL: torch.ones(8, 12, 1)}), VALUE, rf"{KERNEL} is \[8, 12, 1\] where"),
     bad(
         "more-layers",
         lambda: load_tensors(**{"encoder.layer.1.output.dense.bias": torch.ones(8)}),

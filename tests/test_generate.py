@@ -150,7 +150,7 @@ def test_tokens_are_drawn_as_often_as_they_are_likely() -> None:
     model = Decoder(config, rngs=nnx.Rngs(0))
     assert model.head is not None
     model.embedding.embedding[...] = jnp.ones((4, 4))
-    model.head.kernel[...] = jnp.log(jnp.array([0.1, 0.2, 0.3, 0.4]))[None] * jnp.array([[1.0], [0], [0], [0]])
+    model.head.weight[...] = jnp.log(jnp.array([0.1, 0.2, 0.3, 0.4]))[:, None] * jnp.array([1.0, 0, 0, 0])
     out = model(np.zeros((1, 1), int))[0][0, 0]
     found = generate(model, np.zeros((500, 1), int), max_new_tokens=20, temperature=1.0, key=jax.random.key(0)).tokens
     frequencies = np.bincount(np.asarray(found).ravel(), minlength=4) / found.size

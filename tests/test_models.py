@@ -42,9 +42,9 @@ def same(one: Any, other: Any) -> None:
     jax.tree.map(np.testing.assert_array_equal, weights(one), weights(other))
 
 
-def test_a_linear_layer_is_transposed_and_the_others_are_as_they_are(bert: BertModel) -> None:
+def test_weights_are_as_they_are(bert: BertModel) -> None:
     found, state = weights(models.load(bert)), bert.state_dict()
-    np.testing.assert_array_equal(found["layers.1.up.kernel"], state["encoder.layer.1.intermediate.dense.weight"].T)
+    np.testing.assert_array_equal(found["layers.1.up.weight"], state["encoder.layer.1.intermediate.dense.weight"])
     np.testing.assert_array_equal(found["layers.0.down.bias"], state["encoder.layer.0.output.dense.bias"])
     np.testing.assert_array_equal(found["words.embedding"], state["embeddings.word_embeddings.weight"])
     np.testing.assert_array_equal(found["norm.scale"], state["embeddings.LayerNorm.weight"])

@@ -129,13 +129,13 @@ def assemble(
         except (ValueError, RuntimeError, IndexError, TypeError):
             tensors = [renamed[name] for name in parts]
         shapes = [tuple(tensor.shape) for tensor in tensors]
-        sizes = [names[name].size or variable.shape[-1] for name in parts]
-        if shapes != [(*variable.shape[:-1], size) for size in sizes]:
+        sizes = [names[name].size or variable.shape[0] for name in parts]
+        if shapes != [(size, *variable.shape[1:]) for size in sizes]:
             what = ", ".join(f"{name} is {list(shape)}" for name, shape in zip(parts, shapes, strict=True))
             of_parts = f", its parts {sizes}" if len(parts) > 1 else ""
             problems.append(f"{what} where {target} is {list(variable.shape)}{of_parts}")
             continue
-        tensor = tensors[0] if len(tensors) == 1 else torch.cat(tensors, -1)
+        tensor = tensors[0] if len(tensors) == 1 else torch.cat(tensors)
         # A copy, for the source may be trained on; and not committed to a device, as arrays from DLPack are.
         copy = jnp.array(np.asarray(to_jax(tensor.to(getattr(torch, variable.dtype.name)))))
         filled[path] = variable.replace(copy)

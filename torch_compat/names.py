@@ -17,8 +17,8 @@ class Place(NamedTuple):
     """Where a weight goes.
 
     Args:
-        parameter: which of ours, as ``"layers.0.query.kernel"``. Several weights that go to one are joined along its
-            last axis, in the order of their names.
+        parameter: which of ours, as ``"layers.0.query.weight"``. Several weights that go to one are joined along its
+            first axis, in the order of their names.
         transform: what it becomes there.
         size: of its part of that axis, where there are others; ``None`` where it is all of it.
     """
@@ -33,12 +33,12 @@ Names = dict[str, Place]
 
 
 def linear(theirs: str, ours: str, *, bias: bool = True, transform: Transform = same, size: int | None = None) -> Names:
-    """The names of an ``nn.Linear``, ``[out, in]``, that becomes an ``nnx.Linear``, ``[in, out]``, or a part of one.
+    """The names of an ``nn.Linear`` that becomes one of ``jaxmask.flax``, ``[out, in]`` both, or a part of one.
 
-    ``transform`` comes first, of the weight and of the bias.
+    ``transform`` is of the weight and of the bias.
     """
-    names: Names = {f"{theirs}.weight": Place(f"{ours}.kernel", lambda tensor: _transposed(transform(tensor)), size)}
-    return {**names, f"{theirs}.bias": Place(f"{ours}.bias", transform, size)} if bias else names
+    kinds = ("weight", "bias") if bias else ("weight",)
+    return {f"{theirs}.{kind}": Place(f"{ours}.{kind}", transform, size) for kind in kinds}
 
 
 def norm(theirs: str, ours: str, *, bias: bool = True, transform: Transform = same) -> Names:
@@ -50,8 +50,3 @@ def norm(theirs: str, ours: str, *, bias: bool = True, transform: Transform = sa
 def embedding(theirs: str, ours: str) -> Names:
     """The names of an ``nn.Embedding`` that becomes an ``nnx.Embed``."""
     return {f"{theirs}.weight": Place(f"{ours}.embedding")}
-
-
-def _transposed(tensor: torch.Tensor) -> torch.Tensor:
-    # Of any rank, for one that is not a matrix is to be refused by its shape.
-    return tensor.permute(*reversed(range(tensor.ndim)))

@@ -20,6 +20,7 @@ from jaxmask import checks
 from jaxmask.dispatch import Implementation, attention
 from jaxmask.flax.cache import Cache, LayerCache, Step, check_valid, consecutive
 from jaxmask.flax.embed import embed
+from jaxmask.flax.linear import Linear, project
 from jaxmask.leaves import Causal, Chunked, Padding, Segments, SlidingWindow
 from jaxmask.mask import Full, Mask
 
@@ -184,7 +185,7 @@ class Attention(nnx.Module):
         self.config, self.layer = config, layer
         # One product where there could be three: on a CPU, a step of decoding waits for the start of each.
         self.sizes = tuple(config.head_dim * heads for heads in (config.heads, config.kv_heads, config.kv_heads))
-        linear = partial(nnx.Linear, param_dtype=param_dtype, rngs=rngs)
+        linear = partial(Linear, param_dtype=param_dtype, rngs=rngs)
         self.query_key_value = linear(config.dim, sum(self.sizes), use_bias=config.qkv_bias)
         self.out = linear(self.sizes[0], config.dim, use_bias=config.out_bias)
         # What they norm, if anything, qk_norm says; without a scale they hold no weights.
@@ -233,7 +234,7 @@ class FeedForward(nnx.Module):
     """Two projections, the first the gate of the second, and a third one back (https://arxiv.org/abs/2002.05202)."""
 
     def __init__(self, config: DecoderConfig, param_dtype: DTypeLike, rngs: nnx.Rngs) -> None:
-        linear = partial(nnx.Linear, use_bias=config.hidden_bias, param_dtype=param_dtype, rngs=rngs)
+        linear = partial(Linear, use_bias=config.hidden_bias, param_dtype=param_dtype, rngs=rngs)
         self.activation = ACTIVATIONS[config.activation]
         self.gate_up = linear(config.dim, 2 * config.hidden_dim)
         self.down = linear(config.hidden_dim, config.dim)
@@ -284,7 +285,7 @@ class Decoder(nnx.Module):
         self.embedding = nnx.Embed(config.vocab_size, config.dim, param_dtype=param_dtype, rngs=rngs)
         self.blocks = nnx.List([Block(config, layer, param_dtype, rngs) for layer in config.layers])
         self.norm = _norm(config, config.dim, param_dtype, rngs)
-        head = partial(nnx.Linear, use_bias=False, param_dtype=param_dtype, rngs=rngs)
+        head = partial(Linear, use_bias=False, param_dtype=param_dtype, rngs=rngs)
         self.head = None if config.tied else head(config.dim, config.vocab_size)
 
     def empty_cache(self, batch: int, length: int) -> Cache:
@@ -361,7 +362,7 @@ class Decoder(nnx.Module):
         x = self.norm(x[:, -1:] if last_only else x)
         if fits is not None:
             x = jnp.where(fits[:, None, None], x, jnp.nan)
-        logits = x @ self.embedding.embedding[...].T if self.head is None else self.head(x)
+        logits = project(x, self.embedding.embedding[...]) if self.head is None else self.head(x)
         if (cap := self.config.logits_cap) is not None:
             logits = cap * jnp.tanh(logits / cap)
         return logits, None if step is None else step.end(layers)

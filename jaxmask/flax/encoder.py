@@ -13,6 +13,7 @@ from jaxtyping import Array, Bool, DTypeLike, Float, Int
 from jaxmask import checks
 from jaxmask.dispatch import Implementation, attention
 from jaxmask.flax.embed import embed
+from jaxmask.flax.linear import Linear
 from jaxmask.leaves import Padding
 from jaxmask.mask import Full, Mask
 
@@ -58,7 +59,7 @@ class EncoderLayer(nnx.Module):
     """Attention, then an MLP, each added to its input and normed after that."""
 
     def __init__(self, config: EncoderConfig, param_dtype: DTypeLike, rngs: nnx.Rngs) -> None:
-        linear = partial(nnx.Linear, param_dtype=param_dtype, rngs=rngs)
+        linear = partial(Linear, param_dtype=param_dtype, rngs=rngs)
         dim, self.heads = config.dim, config.heads
         self.query, self.key, self.value, self.out = (linear(dim, dim) for _ in range(4))
         self.attention_norm = _norm(config, param_dtype, rngs)
