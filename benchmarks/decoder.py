@@ -67,7 +67,7 @@ def run_flax(model: Any, new: int) -> tuple[float, float, Any]:
     return middle - start, time.perf_counter() - middle, np.asarray(logits)
 
 
-def cost_of_masks(model: Any, new: int = 9, rounds: int = 40) -> float:
+def cost_of_masks(model: Any, new: int = 9, rounds: int = 100) -> float:
     """The part of a step that goes when no mask is read, in a cache that is as long as the texts."""
     graph, state = nnx.split(model)
 
@@ -91,8 +91,9 @@ def cost_of_masks(model: Any, new: int = 9, rounds: int = 40) -> float:
     jax.block_until_ready(with_mask())
     with patch.object(LayerCache, "attend", without_mask):
         jax.block_until_ready(without())
-    # The least, for what is looked for is smaller than what else the machine does, which only adds.
-    seconds = compare(with_mask, without, rounds=rounds, statistic=min)
+    # What is looked for is smaller than what else the machine does, which only adds: one of the least, but not the very
+    # least, for that is a matter of luck.
+    seconds = compare(with_mask, without, rounds=rounds, statistic=lambda taken: statistics.quantiles(taken, n=10)[0])
     return 1 - seconds[1] / seconds[0]
 
 
