@@ -80,14 +80,21 @@ class _Program:
         return self.put(axes, total, self.take(axes, total, at) + part, at)
 
     def rows(self, x: Any, at: _Place) -> Any:
-        """A tile of queries, or of what there is for each, as ``[examples, kv_heads, group, queries, …]``."""
+        """A tile of queries, or of what there is for each, as ``[examples, kv_heads, group * queries, …]``.
+
+        An axis of its own for the group would make XLA copy all scores.
+        """
         x = self.take("bqhd"[: x.ndim], x, at)
-        return jnp.moveaxis(x.reshape(*x.shape[:2], self.kv_heads, self.group, *x.shape[3:]), 1, 3)
+        x = jnp.moveaxis(x.reshape(*x.shape[:2], self.kv_heads, self.group, *x.shape[3:]), 1, 3)
+        return x.reshape(*x.shape[:2], self.group * self.queries, *x.shape[4:])
 
     def put_rows(self, total: Any, rows: Any, at: _Place) -> Any:
-        rows = jnp.moveaxis(rows, 3, 1)
-        rows = rows.reshape(*rows.shape[:2], -1, *rows.shape[4:]).astype(total.dtype)
+        rows = rows.reshape(self.examples, -1, self.queries, *rows.shape[3:]).swapaxes(1, 2).astype(total.dtype)
         return self.put("bqhd"[: total.ndim], total, rows, at)
+
+
+def _arrange(x: Any, axes: str, to: str) -> Any:
+    return x.transpose([axes.index(axis) for axis in to])
 
 
 def _multiply(axes: str, a: Any, b: Any) -> Any:
@@ -121,7 +128,7 @@ def _scores(program: _Program, inputs: Any, at: _Place, rows: Any, first: Any, m
     length = key.shape[program.key.index("k")]
     at = at._replace(key=jnp.minimum(first, length - program.keys))
     k = program.take(program.key, key, at)
-    products = _multiply(f"bngqd,{program.key}->bngqk", rows, k) * program.after
+    products = _multiply(f"bnqd,{program.key}->bnqk", rows, k) * program.after
     part = None if bias is None else program.take("bhqk", bias, at)
     call = program.decided if must_decide else program.full
     floats, others = arrays[must_decide]
@@ -130,7 +137,7 @@ def _scores(program: _Program, inputs: Any, at: _Place, rows: Any, first: Any, m
     where = [index + nothing for index in (*at, first)]
 
     def change(products: Any, part: Any, floats: Any) -> Any:
-        flat = products.reshape(products.shape[0], -1, *products.shape[3:])
+        flat = products.reshape(program.examples, -1, program.queries, program.keys)
         return call(floats, others, flat, part, *where).reshape(products.shape)
 
     return at, k, change, (products, part, floats)
@@ -161,7 +168,7 @@ def _forward(
             most, *sums = carry
             new = jnp.maximum(most, s.max(-1))
             weights = jnp.exp(s - new[..., None])
-            found = weights.sum(-1), _multiply(f"bngqk,{program.value}->bngqd", weights.astype(v.dtype), v)
+            found = weights.sum(-1), _multiply(f"bnqk,{program.value}->bnqd", weights.astype(v.dtype), v)
             if sums:
                 decay = jnp.exp(most - new)
                 found = sums[0] * decay + found[0], sums[1] * decay[..., None] + found[1]
@@ -172,7 +179,8 @@ def _forward(
         # One strip needs no sums of those before.
         most, total, out = _for_each_strip(own, step, (most, *(sums if own.first.shape[0] > 1 else ())))
         if sinks is not None:
-            sink = program.take("h", sinks, at).reshape(1, program.kv_heads, program.group, 1)
+            sink = program.take("h", sinks, at).reshape(1, program.kv_heads, program.group)
+            sink = jnp.repeat(sink, program.queries, -1)
             new = jnp.maximum(most, sink)
             decay = jnp.exp(most - new)
             most, total, out = new, total * decay + jnp.exp(sink - new), out * decay[..., None]
@@ -193,11 +201,14 @@ def _backward(program: _Program, residuals: Any, cotangents: Any) -> Any:
     query, key, value, bias, sinks, arrays, strips, out, lse = residuals
     dout, dlse = cotangents
     accumulated = lse.dtype
-    delta = (dout.astype(accumulated) * out).sum(-1) - dlse
+    # A product, for on a CPU XLA takes tens of times as long for a sum over the last axis of an array of this shape.
+    delta = jnp.einsum("bqhd,bqhd->bqh", dout.astype(accumulated), out, precision="highest") - dlse
 
     def tile(carry: Any, at: _Place, own: Strips) -> Any:
         rows = program.rows(query, at) * query.dtype.type(program.before)
         drows, row_lse, row_delta = (program.rows(x, at) for x in (dout, lse, delta))
+        # The large one of these products is on the right as it is: on the left, it would have to be transposed.
+        rows_across, drows_across = rows.astype(accumulated).swapaxes(2, 3), drows.swapaxes(2, 3)
 
         def step(carry: Any, first: Any, must_decide: bool) -> Any:
             dq, dk, dv, dbias, dfloats = carry
@@ -205,18 +216,16 @@ def _backward(program: _Program, residuals: Any, cotangents: Any) -> Any:
             v = program.take(program.value, value, there)
             s, pull = jax.vjp(change, *parts)
             weights = jnp.exp(s - row_lse[..., None])
-            dweights = _multiply(f"bngqd,{program.value}->bngqk", drows, v)
+            dweights = _multiply(f"bnqd,{program.value}->bnqk", drows, v)
             ds, dpart, dpart_floats = pull(weights * (dweights - row_delta[..., None]))
             ds = ds * program.after
             if bias is not None:
                 dbias = program.add("bhqk", dbias, dpart, there)
             dfloats = {**dfloats, must_decide: jax.tree.map(jnp.add, dfloats[must_decide], dpart_floats)}
-            dq = dq + _multiply(f"bngqk,{program.key}->bngqd", ds, k.astype(ds.dtype))
-            dk = program.add(
-                program.key, dk, _multiply(f"bngqk,bngqd->{program.key}", ds, rows.astype(ds.dtype)), there
-            )
+            dq = dq + _multiply(f"bnqk,{program.key}->bnqd", ds, k.astype(ds.dtype))
             weights = weights.astype(dout.dtype)
-            dv = program.add(program.value, dv, _multiply(f"bngqk,bngqd->{program.value}", weights, drows), there)
+            dk = program.add("bndk", dk, _multiply("bndq,bnqk->bndk", rows_across, ds), there)
+            dv = program.add("bndk", dv, _multiply("bndq,bnqk->bndk", drows_across, weights), there)
             return dq, dk, dv, dbias, dfloats
 
         total, *sums = carry
@@ -227,11 +236,13 @@ def _backward(program: _Program, residuals: Any, cotangents: Any) -> Any:
         return jnp.zeros_like(x, jnp.promote_types(x.dtype, jnp.float32))
 
     of_program = {must_decide: floats for must_decide, (floats, _) in arrays.items()}
-    start = jnp.zeros_like(query), *jax.tree.map(zeros, (key, value, bias, of_program))
-    dq, *sums = _for_each_tile(program, strips, tile, start)
+    across = _arrange(key, program.key, "bndk"), _arrange(value, program.value, "bndk")
+    start = jnp.zeros_like(query), *jax.tree.map(zeros, (*across, bias, of_program))
+    dq, dk, dv, *sums = _for_each_tile(program, strips, tile, start)
+    dk, dv = _arrange(dk, "bndk", program.key), _arrange(dv, "bndk", program.value)
     dsinks = None if sinks is None else -(jnp.exp(sinks - lse) * delta).sum((0, 1))
     inputs = key, value, bias, of_program, sinks
-    cotangents = *sums, dsinks
+    cotangents = dk, dv, *sums, dsinks
     dk, dv, dbias, dfloats, dsinks = jax.tree.map(lambda x, like: x.astype(like.dtype), cotangents, inputs)
     return dq, dk, dv, dbias, dsinks, {must_decide: (dfloats[must_decide], None) for must_decide in arrays}, None
 
@@ -374,8 +385,7 @@ def _attention(call: Call, sinks: Any, block: tuple[int, int] | None) -> Any:
         full=calls[False],
     )
     query = jnp.pad(query, ((0, 0), (0, -query_length % queries), (0, 0), (0, 0)))
-    if many:
-        key, value = key.transpose(0, 2, 3, 1), value.transpose(0, 2, 1, 3)
+    key, value = _arrange(key, "bknd", program.key), _arrange(value, "bknd", program.value)
     results: tuple[Any, Any] = _run(program, query, key, value, array, sinks, arrays, strips)
     out, lse = (x[:, :query_length] for x in results)
     return out, jnp.where(lse == jnp.inf, -jnp.inf, lse)
