@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from jaxmask.attention_fn import make_attention_fn
 from jaxmask.bias import unmask_unattended
-from jaxmask.converter import (
+from jaxmask.dispatch import Explanation, attention, explain
+from jaxmask.draw import plot, show
+from jaxmask.hf.converter import (
     AttentionMaskConverter,
     create_4d_causal_attention_mask,
     expand_mask,
@@ -23,9 +25,8 @@ from jaxmask.converter import (
     prepare_4d_causal_attention_mask,
     prepare_4d_causal_attention_mask_for_sdpa,
 )
-from jaxmask.dispatch import Explanation, attention, explain
-from jaxmask.draw import plot, show
-from jaxmask.leaves import (
+from jaxmask.mask import Empty, Full, Mask
+from jaxmask.masks import (
     Causal,
     Chunked,
     Dense,
@@ -37,7 +38,6 @@ from jaxmask.leaves import (
     SlidingWindow,
     Window,
 )
-from jaxmask.mask import Empty, Full, Mask
 from jaxmask.tiles import EMPTY, FULL, PARTIAL, TileMap
 
 if TYPE_CHECKING:

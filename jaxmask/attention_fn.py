@@ -9,8 +9,8 @@ from jaxtyping import Array, Bool, DTypeLike
 
 from jaxmask import checks, indices
 from jaxmask.dispatch import Implementation, attention
-from jaxmask.leaves import Causal, Dense
 from jaxmask.mask import Full, KeyPositions, Mask, Offset
+from jaxmask.masks import Causal, Dense
 
 
 def make_attention_fn(

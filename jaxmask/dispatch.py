@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 from jaxmask import checks
 from jaxmask.kernels import blocked, fused, xla
 from jaxmask.kernels.call import Bias, Call, checked_call
-from jaxmask.kernels.strips import strips_of
+from jaxmask.kernels.key_ranges import strips_of
 from jaxmask.mask import KeyPositions, Mask, Offset
 
 Implementation = Literal["cudnn", "tokamax", "splash", "xla", "blocked"]

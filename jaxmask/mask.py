@@ -2,7 +2,7 @@
 
 A mask holds a few integers and, at most, the arrays that its user brought. It is written out only when it is read, by
 :meth:`Mask.dense` or :meth:`Mask.bias`, and :meth:`Mask.tiles` says where it is empty or full without writing it out.
-Here is what a mask is, how masks combine and how they are read; the vocabulary is in :mod:`jaxmask.leaves`.
+Here is what a mask is, how masks combine and how they are read; the vocabulary is in :mod:`jaxmask.masks`.
 """
 
 import operator
@@ -21,7 +21,7 @@ from jaxmask.indices import Allowed, Index, as_rows, by_batch, iota, is_static, 
 from jaxmask.tiles import Bounds, Span, TileMap, from_bounds
 
 if TYPE_CHECKING:
-    from jaxmask.split import Split
+    from jaxmask.native import Split
 
 # A Python int is static structure; an array in its place is traced.
 Scalar = int | Int[Array | np.ndarray, ""]
@@ -229,7 +229,7 @@ class Mask:
         >>> print(split.is_causal, split.local_window_size, split.residual)
         True (2, 0) Padding(bool[1, 8])
         """
-        from jaxmask.split import split
+        from jaxmask.native import split
 
         checked(self, query_length, key_length, offset, None)
         return split(self, query_length, key_length, offset)

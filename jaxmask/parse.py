@@ -7,7 +7,8 @@ from dataclasses import MISSING, fields
 from difflib import get_close_matches
 
 from jaxmask import checks
-from jaxmask.leaves import (
+from jaxmask.mask import Empty, Full, Mask
+from jaxmask.masks import (
     Causal,
     Chunked,
     Dense,
@@ -19,7 +20,6 @@ from jaxmask.leaves import (
     SlidingWindow,
     Window,
 )
-from jaxmask.mask import Empty, Full, Mask
 
 _LEAVES: dict[str, type[Mask]] = {
     "full": Full,

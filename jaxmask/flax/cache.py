@@ -19,8 +19,8 @@ from jaxtyping import Array, Bool, DTypeLike, Float, Int
 
 from jaxmask import checks
 from jaxmask.dispatch import attention
-from jaxmask.leaves import Window
 from jaxmask.mask import Mask
+from jaxmask.masks import Window
 
 
 class Seen(NamedTuple):

@@ -21,8 +21,8 @@ from jaxmask.dispatch import Implementation, attention
 from jaxmask.flax.cache import Cache, LayerCache, Step, check_valid, consecutive
 from jaxmask.flax.embed import embed
 from jaxmask.flax.linear import Linear, project
-from jaxmask.leaves import Causal, Chunked, Padding, Segments, SlidingWindow
 from jaxmask.mask import Full, Mask
+from jaxmask.masks import Causal, Chunked, Padding, Segments, SlidingWindow
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {"silu": jax.nn.silu, "gelu_tanh": jax.nn.gelu}
 

@@ -14,8 +14,8 @@ from jaxmask import checks
 from jaxmask.dispatch import Implementation, attention
 from jaxmask.flax.embed import embed
 from jaxmask.flax.linear import Linear
-from jaxmask.leaves import Padding
 from jaxmask.mask import Full, Mask
+from jaxmask.masks import Padding
 
 Tokens = Int[Array | np.ndarray, "batch length"]
 Valid = Bool[Array | np.ndarray, "batch length"] | Int[Array | np.ndarray, "batch length"]

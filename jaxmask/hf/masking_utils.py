@@ -29,8 +29,8 @@ from jaxtyping import Array, Bool, DTypeLike, Float, Int, Shaped
 
 from jaxmask import checks
 from jaxmask.indices import Allowed, Index, lookup
-from jaxmask.leaves import Causal, Chunked, Padding, Predicate, Segments, SlidingWindow, Window
 from jaxmask.mask import Empty, Full, Mask, Offset, Scalar
+from jaxmask.masks import Causal, Chunked, Padding, Predicate, Segments, SlidingWindow, Window
 from jaxmask.tiles import Bounds, Span, TileMap
 
 # A function of (batch_idx, head_idx, q_idx, kv_idx); or a description of one.

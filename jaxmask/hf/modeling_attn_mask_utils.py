@@ -5,7 +5,7 @@ Ported code changes one import::
     from jaxmask.hf.modeling_attn_mask_utils import AttentionMaskConverter, _prepare_4d_causal_attention_mask
 
 ``device`` is accepted and ignored: under JAX an array lives where the program that makes it runs. What each function
-means, takes, returns and raises is said at its twin in :mod:`jaxmask.converter`.
+means, takes, returns and raises is said at its twin in :mod:`jaxmask.hf.converter`.
 """
 
 from collections.abc import Sequence
@@ -13,8 +13,9 @@ from dataclasses import dataclass
 
 from jaxtyping import Array, DTypeLike, Float, Shaped
 
-from jaxmask import bias, converter
-from jaxmask.converter import Bias4D, Mask2D, Mask4D
+from jaxmask import bias
+from jaxmask.hf import converter
+from jaxmask.hf.converter import Bias4D, Mask2D, Mask4D
 
 
 @dataclass(frozen=True)

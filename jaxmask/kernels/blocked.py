@@ -22,7 +22,7 @@ from jaxmask import checks, indices
 from jaxmask.indices import iota
 from jaxmask.kernels import scores
 from jaxmask.kernels.call import Bias, Call, checked_call
-from jaxmask.kernels.strips import Strips, strips_of
+from jaxmask.kernels.key_ranges import Strips, strips_of
 from jaxmask.mask import KeyPositions, Mask, Offset
 
 

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 from jaxmask import checks, indices
 from jaxmask.indices import Index
 from jaxmask.mask import Full, KeyPositions, Mask, Offset, checked, refuse_no_mask
-from jaxmask.split import Split, is_at_start
+from jaxmask.native import Split, is_at_start
 
 # An array that broadcasts to [batch, heads, q, kv], or a function of positions, to be evaluated where it is needed.
 Bias = Float[Array | np.ndarray, "..."] | Callable[[Index, Index, Index, Index], Float[Array, "..."]]

@@ -12,7 +12,7 @@ from transformers import T5Config, T5ForConditionalGeneration
 from transformers.models.t5.modeling_t5 import T5Attention
 
 from jaxmask import Padding, attention, expand_mask
-from tests import encoder_decoder
+from tests.oracles import encoder_decoder
 from torch_compat import models
 
 BATCH, LENGTH, PROMPT, STEPS = 3, 14, 9, 16

@@ -32,7 +32,7 @@ from jaxmask import (
     TileMap,
     Window,
 )
-from tests.strategies import (
+from tests.helpers.strategies import (
     CAUSAL,
     Bools,
     Described,

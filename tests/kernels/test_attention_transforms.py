@@ -13,9 +13,9 @@ from jax.sharding import AxisType, PartitionSpec
 import jaxmask
 from jaxmask import Causal, Dense, Mask, Padding, Predicate, Prefix, SlidingWindow
 from jaxmask.kernels import blocked
-from tests.definition import assert_close, defined
-from tests.test_attention import Arrays, Attend, arrays_of, by_blocks, by_xla, ours, random, with_gradients
-from tests.test_mask_laws import compilations, counted
+from tests.core.test_mask_laws import compilations, counted
+from tests.kernels.test_attention import Arrays, Attend, arrays_of, by_blocks, by_xla, ours, random, with_gradients
+from tests.oracles.attention import assert_close, defined
 
 LENGTH = 24
 TOLERANCE = 2e-6

@@ -14,7 +14,7 @@ from transformers.generation.logits_process import TemperatureLogitsWarper, TopK
 
 from jaxmask.flax import Decoder, DecoderConfig, DecoderLayer, generate, left_pad
 from jaxmask.flax.generate import decode, likely, prefill
-from tests.tiny import tiny_llama
+from tests.helpers.tiny import tiny_llama
 from torch_compat.models import load
 
 VOCAB, NEW = 64, 10

@@ -9,7 +9,7 @@ import numpy as np
 import jaxmask
 from jaxmask import Causal, Mask, Padding, PerHead, SlidingWindow
 from jaxmask.kernels import blocked
-from tests.bad import bad, refusals
+from tests.helpers.bad import bad, refusals
 
 VALUE, TYPE = ValueError, TypeError
 

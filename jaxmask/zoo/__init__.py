@@ -24,8 +24,8 @@ from jaxtyping import Array, Bool, Int, Shaped
 
 from jaxmask import checks
 from jaxmask.indices import Allowed, Index, as_4d, by_example, inside, library, lookup
-from jaxmask.leaves import Causal, Chunked, Padding, Prefix, Segments, SlidingWindow, Window
 from jaxmask.mask import KeyPositions, Mask, Offset, Scalar
+from jaxmask.masks import Causal, Chunked, Padding, Prefix, Segments, SlidingWindow, Window
 from jaxmask.tiles import Bounds, Span
 
 

@@ -28,8 +28,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxmask import checks
 from jaxmask.indices import as_4d, by_batch, iota, is_static, library
-from jaxmask.leaves import Chunked, Dense, Padding, PerHead, Predicate, Prefix, Segments
 from jaxmask.mask import And, Full, Mask, Not, Offset, Or, refuse_no_mask
+from jaxmask.masks import Chunked, Dense, Padding, PerHead, Predicate, Prefix, Segments
 from jaxmask.tiles import EMPTY, FULL, PARTIAL
 
 # A logit beside those of the keys of every row, which splash calls a sink. It takes nothing of the softmax where a row

@@ -12,7 +12,7 @@ from flax import nnx
 import jaxmask
 from jaxmask import Causal, SlidingWindow
 from jaxmask.flax import Cache, Decoder, DecoderConfig, DecoderLayer, generate, left_pad
-from tests.bad import bad, refusals
+from tests.helpers.bad import bad, refusals
 
 VALUE, TYPE = ValueError, TypeError
 MODEL = Decoder(

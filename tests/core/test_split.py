@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 
 from jaxmask import Causal, Full, Mask, Padding, Prefix, Segments, SlidingWindow, Window
-from jaxmask.split import Split
-from tests.strategies import Described, Problem, cases, problems
+from jaxmask.native import Split
+from tests.helpers.strategies import Described, Problem, cases, problems
 
 Drawn = tuple[Problem, list[Described]]
 Bools = npt.NDArray[np.bool_]

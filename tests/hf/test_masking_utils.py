@@ -24,9 +24,9 @@ from transformers import masking_utils as transformers_masks
 import jaxmask
 from jaxmask import Causal, Chunked, Padding, Predicate, Prefix, Segments, SlidingWindow, TileMap
 from jaxmask.hf import masking_utils as masks
-from tests.bad import bad, refusals
-from tests.strategies import Described, Problem, cases, problems
-from tests.test_mask_laws import compilations
+from tests.core.test_mask_laws import compilations
+from tests.helpers.bad import bad, refusals
+from tests.helpers.strategies import Described, Problem, cases, problems
 from torch_compat import masking_cases, verify
 from torch_compat.blocks import to_block_mask
 

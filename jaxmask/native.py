@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int
 
-from jaxmask.leaves import Causal, Prefix, SlidingWindow, Window
 from jaxmask.mask import And, Full, Mask, Offset
+from jaxmask.masks import Causal, Prefix, SlidingWindow, Window
 
 
 @dataclass(frozen=True, eq=False)

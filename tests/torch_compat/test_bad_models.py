@@ -24,9 +24,9 @@ from transformers import (
 )
 
 from jaxmask.flax.encoder import Encoder, EncoderConfig, mean_pool
-from tests.bad import bad, refusals
-from tests.test_models import FOUR, MATRIX, TIED
-from tests.tiny import tiny_llama
+from tests.helpers.bad import bad, refusals
+from tests.helpers.tiny import tiny_llama
+from tests.torch_compat.test_models import FOUR, MATRIX, TIED
 from torch_compat import models
 
 VALUE, TYPE, MISSING = ValueError, TypeError, FileNotFoundError

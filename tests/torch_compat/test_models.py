@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BertConfig, BertForMaskedLM, BertModel
 
 from jaxmask import checks
-from tests.tiny import tiny_llama
+from tests.helpers.tiny import tiny_llama
 from torch_compat import models
 
 SIZES: dict[str, Any] = {

@@ -34,7 +34,7 @@ from jaxmask import (
     Window,
 )
 from jaxmask.parse import parse_mask
-from tests.strategies import BATCH, HEADS, Described, Problem, array_free, cases, problems
+from tests.helpers.strategies import BATCH, HEADS, Described, Problem, array_free, cases, problems
 
 few = settings(max_examples=12)
 fewer = settings(max_examples=6)

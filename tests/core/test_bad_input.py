@@ -25,7 +25,7 @@ from jaxmask import (
 from jaxmask.bias import from_allowed
 from jaxmask.hf import modeling_attn_mask_utils as hf
 from jaxmask.parse import MaskSyntaxError, parse_mask
-from tests.bad import bad, refusal, refusals
+from tests.helpers.bad import bad, refusal, refusals
 
 # Bad input is what the types forbid: nothing here is known to the type checker.
 lib: Any = jaxmask

@@ -18,8 +18,8 @@ import numpy as np
 from jaxtyping import Array, DTypeLike, Float, Int, Shaped
 
 from jaxmask import bias, checks
-from jaxmask.leaves import Causal, Padding, SlidingWindow
 from jaxmask.mask import Mask, Offset
+from jaxmask.masks import Causal, Padding, SlidingWindow
 
 # A 0/1 mask: bool, integer or float; JAX or NumPy.
 Mask2D = Shaped[Array | np.ndarray, "batch kv"]

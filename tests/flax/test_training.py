@@ -11,7 +11,7 @@ from flax import nnx
 
 import jaxmask
 from jaxmask import Segments
-from tests.tiny import tiny_llama
+from tests.helpers.tiny import tiny_llama
 from torch_compat.models import load
 
 LENGTHS, LENGTH, STEPS, RATE = (9, 4, 13), 32, 3, 0.5

@@ -39,7 +39,7 @@ from jaxmask import (
     TileMap,
 )
 from jaxmask.draw import html, html_tiles, plot
-from tests.test_show import MASKS, TilesOnly
+from tests.draw.test_show import MASKS, TilesOnly
 
 # Two examples, so that there is a panel for each of them and for each head.
 EXAMPLES = Padding(np.arange(8)[None] >= np.array([[3], [0]]))

@@ -16,8 +16,8 @@ import jaxmask
 from jaxmask import Causal, Full, Mask, Padding, PerHead, Prefix, Segments, SlidingWindow, Window
 from jaxmask.kernels import blocked, fused
 from jaxmask.kernels.call import checked_call
-from tests.definition import assert_close, defined
-from tests.strategies import Described, Problem, described, problems
+from tests.helpers.strategies import Described, Problem, described, problems
+from tests.oracles.attention import assert_close, defined
 
 Arrays = dict[str, Any]
 Attend = Callable[..., Any]
