@@ -20,32 +20,46 @@ INT32_MAX = 2**31 - 1
 Length = Any
 
 
-def integer(name: str, value: object, minimum: int) -> int:
-    """``value`` as a Python int of at least ``minimum`` that an int32 position can hold."""
+def integer(name: str, value: object, minimum: int, maximum: int = INT32_MAX) -> int:
+    """``value`` as a Python int between ``minimum`` and ``maximum``."""
     try:
-        if isinstance(value, bool):
+        if isinstance(value, bool | np.bool_):
             raise TypeError
         number = operator.index(value)  # pyright: ignore[reportArgumentType]
     except (TypeError, jax.errors.JAXTypeError):
         hint = "; it is static, so that its value must be known while tracing" if is_traced(value) else ""
         raise TypeError(f"{name} must be a Python int, got {describe(value)}{hint}") from None
-    if not minimum <= number <= INT32_MAX:
-        raise ValueError(f"{name} must be at least {minimum} and fit an int32, got {number}")
+    if not minimum <= number <= maximum:
+        limit = "fit an int32" if maximum == INT32_MAX else f"at most {maximum}"
+        raise ValueError(f"{name} must be at least {minimum} and {limit}, got {number}")
     return number
 
 
-def scalar(name: str, value: Any, minimum: int, ranks: tuple[int, ...] = (0,)) -> None:
-    """Refuse what is neither a Python int of at least ``minimum`` nor an array of integers of one of ``ranks``."""
-    if is_array(value):
-        fits_int32(name, array(name, value, "i", *ranks))
-    else:
-        integer(name, value, minimum)
+def scalar(name: str, value: Any, minimum: int, maximum: int = INT32_MAX, ranks: tuple[int, ...] = (0,)) -> Any:
+    """``value`` as a Python int, or as an int32 array of one of ``ranks``, between ``minimum`` and ``maximum``."""
+    if not is_array(value):
+        return integer(name, value, minimum, maximum)
+    return int32(name, array(name, value, "i", *ranks), minimum, maximum)
+
+
+def int32(name: str, value: Any, minimum: int, maximum: int = INT32_MAX) -> Any:
+    """An array of integers as int32: beyond the limits refused in NumPy, and clipped to an int32 where traced."""
+    if isinstance(value, np.ndarray):
+        if value.size and not minimum <= value.min() <= value.max() <= maximum:
+            limit = "fit an int32" if maximum == INT32_MAX else f"at most {maximum}"
+            raise ValueError(
+                f"{name} must be at least {minimum} and {limit}, got {describe(value)} from {value.min()} to "
+                f"{value.max()}"
+            )
+    elif isinstance(value, jax.Array) and jnp.iinfo(value.dtype).max > INT32_MAX:
+        value = value.clip(max(-INT32_MAX, int(jnp.iinfo(value.dtype).min)), INT32_MAX)
+    return value if value.dtype == np.int32 else value.astype(np.int32)
 
 
 def fits_int32(name: str, value: Any) -> None:
     """Refuse a NumPy array that JAX, without 64-bit mode, would cut in half."""
-    if isinstance(value, np.ndarray) and value.size and not -INT32_MAX <= value.min() <= value.max() <= INT32_MAX:
-        raise ValueError(f"{name} must fit an int32, got {describe(value)} from {value.min()} to {value.max()}")
+    if isinstance(value, np.ndarray):
+        int32(name, value, -INT32_MAX)
 
 
 def length(name: str, value: Length) -> Length:
@@ -86,6 +100,11 @@ def known(mask: Any, claim: Callable[[Any], Any] = lambda mask: mask) -> bool:
     # In the middle of a trace, too.
     with jax.ensure_compile_time_eval():
         return bool(jnp.all(claim(mask)))
+
+
+def as_static(value: Any) -> Any:
+    """A NumPy integer or bool as that of Python; anything else as it is."""
+    return value.item() if isinstance(value, np.integer | np.bool_) else value
 
 
 def is_array(value: object) -> bool:

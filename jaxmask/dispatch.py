@@ -12,7 +12,8 @@ from jaxmask import checks
 from jaxmask.kernels import blocked, fused, xla
 from jaxmask.kernels.call import Bias, Call, checked_call
 from jaxmask.kernels.key_ranges import strips_of
-from jaxmask.mask import KeyPositions, Mask, Offset
+from jaxmask.mask import Mask
+from jaxmask.positions import KeyPositions, Offset, QueryPositions
 
 Implementation = Literal["cudnn", "tokamax", "splash", "xla", "blocked"]
 
@@ -43,6 +44,7 @@ def attention(
     bias: Bias | None = None,
     scale: float | None = None,
     offset: Offset | None = None,
+    query_positions: QueryPositions | None = None,
     key_positions: KeyPositions | None = None,
     logits_soft_cap: float | None = None,
     implementation: Implementation | None = None,
@@ -64,6 +66,7 @@ def attention(
             it then compiles at each call, unless it is ``jax.tree_util.Partial(function, *arrays)``.
         scale: of the scores, a Python float; ``None`` for ``dim ** -0.5``.
         offset: position of the first query, as in :meth:`Mask.dense`. Another value never recompiles.
+        query_positions: the position of each query, as in :meth:`Mask.dense`, in place of ``offset``.
         key_positions: the position of each key, as in :meth:`Mask.dense`: for a cache that is a ring buffer.
         logits_soft_cap: ``cap(x) = logits_soft_cap * tanh(x / logits_soft_cap)``, as of Gemma 2; a Python float.
         implementation: ``None`` chooses: a fused kernel of the platform that takes all of the arguments (cuDNN on GPU,
@@ -87,7 +90,7 @@ def attention(
     >>> jaxmask.attention(x, x, x, jaxmask.SlidingWindow(128)).shape
     (1, 1024, 4, 64)
     """
-    call = checked_call(query, key, value, mask, bias, scale, offset, key_positions, logits_soft_cap)
+    call = checked_call(query, key, value, mask, bias, scale, offset, query_positions, key_positions, logits_soft_cap)
     return _RUN[_choose(call, implementation)[0]](call)
 
 
@@ -163,6 +166,7 @@ def explain(
     bias: Bias | None = None,
     scale: float | None = None,
     offset: Offset | None = None,
+    query_positions: QueryPositions | None = None,
     key_positions: KeyPositions | None = None,
     logits_soft_cap: float | None = None,
     implementation: Implementation | None = None,
@@ -171,7 +175,8 @@ def explain(
 
     Args:
         query, key, value: arrays, or their shapes as ``jax.ShapeDtypeStruct``.
-        mask, bias, scale, offset, key_positions, logits_soft_cap, implementation: as in :func:`attention`.
+        mask, bias, scale, offset, query_positions, key_positions, logits_soft_cap, implementation: as in
+            :func:`attention`.
 
     Returns:
         What to print.
@@ -192,7 +197,7 @@ def explain(
       12,884,901,888 FLOPs, 9.4% of those with all scores
       134,217,728 bytes, 3.1% of those with all scores
     """
-    call = checked_call(query, key, value, mask, bias, scale, offset, key_positions, logits_soft_cap)
+    call = checked_call(query, key, value, mask, bias, scale, offset, query_positions, key_positions, logits_soft_cap)
     chosen, reason = _choose(call, implementation)
     lacks = {name: _unfit(name, call) for name in _LACKS if name != chosen}
     slow = {"xla": "it writes out all scores", "blocked": "there are too few scores to cut into tiles"}
@@ -203,8 +208,8 @@ def explain(
     dense_pairs = batch * heads * query_length * key_length
     dense_bytes = ends + batch * key_length * kv_heads * (dim + dim_v) * itemsize + 2 * 4 * dense_pairs
     sparsity = pairs = moved = None
-    if not any(map(checks.is_traced, jax.tree.leaves((call.mask, offset, key_positions)))):
-        sparsity = float(call.mask.tiles(query_length, key_length, offset=offset, key_positions=key_positions).sparsity)
+    if not any(map(checks.is_traced, jax.tree.leaves((call.mask, call.positions)))):
+        sparsity = float(call.tiles((128, 128)).sparsity)
         strips, queries, keys = strips_of(call)
         each = batch * heads // (strips.count.shape[0] * strips.count.shape[1])
         read = each * keys * int(strips.count.sum())

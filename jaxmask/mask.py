@@ -1,105 +1,61 @@
-"""Masks as descriptions: which (batch, head, query position, key position) may attend.
+"""Masks: how they combine by ``&``, ``|`` and ``~``, and the methods by which they are read.
 
-A mask holds a few integers and, at most, the arrays that its user brought. It is written out only when it is read, by
-:meth:`Mask.dense` or :meth:`Mask.bias`, and :meth:`Mask.tiles` says where it is empty or full without writing it out.
-Here is what a mask is, how masks combine and how they are read; the vocabulary is in :mod:`jaxmask.masks`.
+A mask holds a few integers and, at most, the arrays that its user brought. It is written out only by :meth:`Mask.dense`
+and :meth:`Mask.bias`. :meth:`Mask.tiles` says where it is empty or full without writing it out, and :meth:`Mask.split`
+what a fused kernel can take of it.
 """
 
 import operator
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, fields
-from functools import partial, reduce
-from typing import TYPE_CHECKING, Any, ClassVar, NoReturn, Self, dataclass_transform
+from collections.abc import Callable, Sequence
+from functools import reduce
+from typing import ClassVar, NoReturn, dataclass_transform
 
-import jax
 import jax.numpy as jnp
-import numpy as np
-from jaxtyping import Array, Bool, DTypeLike, Float, Int
+from jaxtyping import Array, Bool, DTypeLike, Float
 
-from jaxmask import bias, checks
-from jaxmask.indices import Allowed, Index, as_rows, by_batch, iota, is_static, key_position
-from jaxmask.tiles import Bounds, Span, TileMap, from_bounds
+from jaxmask import checks, native, reading
+from jaxmask.description import Description
+from jaxmask.indices import Allowed, Index, common, lookup
+from jaxmask.native import Native, Split
+from jaxmask.positions import Extent, KeyPositions, Offset, Positions, QueryPositions, Scalar
+from jaxmask.spans import Bounds, Span
+from jaxmask.tiles import TileMap
 
-if TYPE_CHECKING:
-    from jaxmask.native import Split
-
-# A Python int is static structure; an array in its place is traced.
-Scalar = int | Int[Array | np.ndarray, ""]
-Offset = int | Int[Array | np.ndarray, ""] | Int[Array | np.ndarray, "batch"]
-KeyPositions = Int[Array | np.ndarray, "kv"] | Int[Array | np.ndarray, "batch kv"]
+__all__ = ["And", "Empty", "Full", "KeyPositions", "Mask", "Not", "Offset", "Or", "QueryPositions", "Scalar"]
 
 
 @dataclass_transform(eq_default=False, frozen_default=True)
-class Mask:
+class Mask(Description):
     """Which (batch, head, query position, key position) may attend. Masks combine by ``&``, ``|`` and ``~``.
 
     Every mask is a pytree: Python ints are static structure, which ``==`` and ``hash`` see, and arrays are leaves. So a
     mask may be built outside a ``jit`` and passed in, mapped over, carried through a ``scan`` or sharded.
 
-    A new kind of mask is one subclass, which becomes a frozen dataclass and a pytree by being defined::
+    A new kind of mask is one subclass, which becomes a frozen dataclass and a pytree by being defined. It is final: it
+    cannot be subclassed again. ``allows`` is all that it must say::
 
         class Diagonal(Mask):
             def allows(self, b, h, q, kv):
                 return kv == q
 
-    It overrides ``tile_bounds`` to say which tiles are empty or full; ``shape``, ``check_lengths`` and ``at_keys`` only
-    where it holds arrays, or does not look at ``q``.
+    It may say more: ``tile_bounds`` which tiles are empty or full, ``native`` what fused kernels can take of it. A mask
+    that holds arrays says their sizes in ``shape`` and what cannot be read in ``check``; one that does not look at the
+    query says ``reads_queries = False``, and one whose arrays have an element for each key ``keys_by_index = True``.
+
+    Raises:
+        TypeError: a field is not an int, ``None``, a function, a mask, a tuple of masks or an array; or a class is a
+            subclass of one that says what it allows.
     """
 
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """``(batch, heads, kv)``, each 1 where the mask fits any size."""
-        return (1, 1, 1)
-
-    def check_lengths(self, query_length: int, key_length: int, offset: Offset | None) -> None:
-        """Raise a ``ValueError`` where this mask cannot be read at these lengths.
-
-        Unless a mask knows better, that is where nothing says how queries and keys of different lengths are aligned.
-        """
-        if offset is None and query_length != key_length:
-            raise ValueError(
-                f"offset is missing: {query_length} queries and {key_length} keys can be aligned in two ways, which "
-                f"{self!r} tells apart; say offset=0 where the first query is at the first key (top-left), or "
-                f"offset={key_length - query_length} where the last query is at the last key (bottom-right, a cache)"
-            )
-
-    def allows(self, b: Index, h: Index, q: Index, kv: Index) -> Allowed:
-        """Whether head ``h`` of example ``b`` lets the query at position ``q`` attend to the key at position ``kv``.
-
-        Args:
-            b, h, q, kv: int32 arrays, or integers, that broadcast against each other.
-
-        Returns:
-            bool, in a shape that broadcasts to that of the arguments together.
-
-        >>> from jaxmask import Causal
-        >>> Causal().allows(0, 0, q=jnp.arange(3), kv=1)
-        Array([False,  True,  True], dtype=bool)
-        """
-        raise NotImplementedError(f"{type(self).__name__} must say what it allows(b, h, q, kv)")
-
-    def tile_bounds(self, b: Index, h: Index, q: Span, kv: Span) -> Bounds:
-        """Whether some pair of each tile may attend, and whether every pair does: ``allows`` in three-valued logic.
-
-        It may err to one side: ``some`` where no pair does, not ``every`` where every pair does. Unless a mask knows
-        better, it knows nothing of any tile.
-
-        Args:
-            b, h: as in :meth:`allows`.
-            q, kv: positions cut into tiles, with their ``min`` and ``max``: int32 ``[batch|1, 1, q_tiles, 1]`` and
-                ``[batch|1, 1, 1, kv_tiles]``.
-
-        Returns:
-            Two bools, or bool arrays that broadcast to ``[batch, heads, q_tiles, kv_tiles]``.
-        """
-        return True, False
+    # A picture for notebooks, which the package that draws gives to this class.
+    _repr_html_: ClassVar[Callable[..., str]]
 
     def at_keys(self, key_positions: KeyPositions) -> "Mask":
         """This mask with ``kv`` as the index of a key whose position ``key_positions`` gives.
 
         A mask whose arrays have an element for each key is read by that index already, and returns itself.
         """
-        return _AtKeys(self, key_positions)
+        return self if self.keys_by_index else _AtKeys(self, key_positions)
 
     def dense(
         self,
@@ -107,40 +63,52 @@ class Mask:
         key_length: int,
         *,
         offset: Offset | None = None,
+        query_positions: QueryPositions | None = None,
         key_positions: KeyPositions | None = None,
+        batch: int | None = None,
+        heads: int | None = None,
     ) -> Bool[Array, "batch heads query_length key_length"]:
         """The mask written out, ``True`` where a query may attend to a key.
 
         Args:
-            query_length: static.
-            key_length: static.
+            query_length, key_length: static.
             offset: position of the first query, which is the number of keys already cached: an int, or a traced int32
                 of shape ``[]`` or ``[batch]``. Needed only where the lengths differ and the mask depends on positions.
                 Another offset never recompiles.
+            query_positions: the position of each query, int32 ``[q]`` or ``[batch, q]``, in place of ``offset`` where
+                the queries are not consecutive: a zigzag shard of a sequence, packed rows, a tree of drafts.
             key_positions: the position of each key, int32 ``[kv]`` or ``[batch, kv]``, where it is not its index: in a
-                ring buffer, or in a part of the keys. It needs an offset. A negative position is an empty slot, to
-                which no query attends. Arrays in the mask that have an element for each key (of ``Padding``, ``Dense``
-                and the ``key_ids`` of ``Segments``) are in the order of the keys, not of their positions.
+                ring buffer, or in a part of the keys. It needs ``offset`` or ``query_positions``. A negative position
+                is an empty slot, to which no query attends. Arrays in the mask that have an element for each key (of
+                ``Padding``, ``Dense`` and the ``key_ids`` of ``Segments``) are in the order of the keys, not of their
+                positions.
+            batch, heads: numbers of examples and heads, static, for a mask that looks at ``b`` or ``h`` and has no
+                array that tells how many there are.
 
         Returns:
-            bool ``[batch|1, heads|1, query_length, key_length]``. Read inside a ``jit``, XLA may compute it where it is
-            used and never write it out, as in a sum; before a softmax, or a broadcast over heads, some backends write
-            it out once.
+            bool ``[batch|1, heads|1, query_length, key_length]``. Inside a ``jit``, XLA may compute it where it is used
+            and never write it out, as in a sum; before a softmax, or a broadcast over heads, some backends write it out
+            once.
 
         Raises:
-            ValueError: the lengths differ and no offset says how they are aligned; a length is not positive, or does
-                not match an array in the mask.
-            TypeError: a length is not a Python int, or the offset no integer.
+            ValueError: the lengths differ and nothing says how they are aligned; ``offset`` and ``query_positions`` are
+                both given; a length is not positive, or does not match an array in the mask; a position is known to be
+                beyond ±2**30 or beyond an array.
+            TypeError: a length is not a Python int, or positions are not integers.
 
         >>> from jaxmask import Causal, SlidingWindow
         >>> Causal().dense(2, 3, offset=1)
         Array([[[[ True,  True, False],
                  [ True,  True,  True]]]], dtype=bool)
+        >>> Causal().dense(2, 4, query_positions=jnp.array([0, 3]))  # the first and the last of four tokens
+        Array([[[[ True, False, False, False],
+                 [ True,  True,  True,  True]]]], dtype=bool)
         >>> ring = jnp.array([4, 5, 2, 3])  # four slots; the oldest two of six keys are gone
         >>> SlidingWindow(3).dense(1, 4, offset=5, key_positions=ring)
         Array([[[[ True,  True, False,  True]]]], dtype=bool)
         """
-        return _dense(*checked(self, query_length, key_length, offset, key_positions))
+        mask, at = placed(self, query_length, key_length, offset, query_positions, key_positions)
+        return reading.dense(mask, at, _sizes(batch, heads))
 
     def bias(
         self,
@@ -149,13 +117,16 @@ class Mask:
         dtype: DTypeLike = jnp.float32,
         *,
         offset: Offset | None = None,
+        query_positions: QueryPositions | None = None,
         key_positions: KeyPositions | None = None,
+        batch: int | None = None,
+        heads: int | None = None,
     ) -> Float[Array, "batch heads query_length key_length"]:
         """The mask as what is added to attention scores: ``0`` where a query may attend, else ``finfo(dtype).min``.
 
         Args:
-            query_length, key_length, offset, key_positions: as in :meth:`dense`.
             dtype: the floating dtype of the scores, static.
+            query_length, key_length, offset, query_positions, key_positions, batch, heads: as in :meth:`dense`.
 
         Returns:
             ``dtype`` ``[batch|1, heads|1, query_length, key_length]``; the bits of Transformers' ``eager_mask``.
@@ -168,8 +139,8 @@ class Mask:
         Array([[[[ 0.00e+00, -6.55e+04],
                  [-6.55e+04,  0.00e+00]]]], dtype=float16)
         """
-        read = checked(self, query_length, key_length, offset, key_positions)
-        return _bias(*read, checks.float_dtype(dtype))
+        mask, at = placed(self, query_length, key_length, offset, query_positions, key_positions)
+        return reading.bias(mask, at, checks.float_dtype(dtype), _sizes(batch, heads))
 
     def tiles(
         self,
@@ -178,20 +149,23 @@ class Mask:
         *,
         block: int | tuple[int, int] = (128, 128),
         offset: Offset | None = None,
+        query_positions: QueryPositions | None = None,
         key_positions: KeyPositions | None = None,
+        batch: int | None = None,
+        heads: int | None = None,
     ) -> TileMap:
         """Which tiles of the mask are empty, full, or neither, without writing it out.
 
-        The leaves bound themselves on the range of positions of a tile, and ``&``, ``|``, ``~`` combine what is known
-        by Kleene's three-valued logic: it takes time and memory for the tiles, never for the pairs. It is sound: an
-        EMPTY tile has no pair that may attend, a FULL one no other. PARTIAL is everything else: tiles that are neither,
-        and those of which nothing is known. Single positional leaves (``Causal``, the windows, ``Chunked``, ``Prefix``)
-        are exact, and so are ``Causal`` with a window or chunks, and with ``Segments`` of consecutive ids; where
+        Each mask bounds itself on the range of positions of a tile, and ``&``, ``|``, ``~`` combine the bounds by
+        Kleene's three-valued logic. It takes time and memory for the tiles, never for the pairs. It is sound: an EMPTY
+        tile has no pair that may attend, a FULL tile no pair that may not. PARTIAL is every other tile. Masks of
+        positions (``Causal``, the windows, ``Chunked``, ``Prefix``) are exact, and so are ``Causal`` with a window or
+        chunks, and with ``Segments`` of consecutive ids, where the positions in a tile are consecutive. Where
         ``Padding`` meets the diagonal, one tile in a row may be PARTIAL though it is empty.
 
         Args:
-            query_length, key_length, offset, key_positions: as in :meth:`dense`.
             block: number of queries and keys in a tile, or one number for both; static.
+            query_length, key_length, offset, query_positions, key_positions, batch, heads: as in :meth:`dense`.
 
         Returns:
             The states, computed by NumPy at trace time where nothing of the mask is a JAX array, else in the program.
@@ -207,32 +181,49 @@ class Mask:
          [0 1 2 1]]
         """
         block = checks.block(block)
-        mask, query_length, key_length, first = checked(self, query_length, key_length, offset, key_positions)
-        states = (_states if is_static(mask, first) else _traced_states)(mask, query_length, key_length, first, block)
-        return TileMap(states, mask, first, query_length, key_length, block)
+        mask, at = placed(self, query_length, key_length, offset, query_positions, key_positions)
+        return TileMap.of(reading.states(mask, at, block, _sizes(batch, heads)), mask, at, block)
 
-    def split(self, query_length: int, key_length: int, *, offset: Offset | None = None) -> "Split":
+    def split(
+        self,
+        query_length: int,
+        key_length: int,
+        *,
+        offset: Offset | None = None,
+        query_positions: QueryPositions | None = None,
+        intervals: bool = False,
+    ) -> "Split[Mask]":
         """What of this mask a fused kernel can take in its own arguments, and the mask that is left over.
 
         Args:
-            query_length, key_length, offset: as in :meth:`dense`.
+            query_length, key_length, offset, query_positions: as in :meth:`dense`.
+            intervals: whether the kernel takes an interval of keys for each query, ``Split.key_interval``. It then says
+                every mask that is one, at any position: ``Causal``, windows, ``Chunked``, ``Prefix``, consecutive
+                ``Segments``.
 
         Returns:
             The arguments of ``jax.nn.dot_product_attention``: ``is_causal``, ``local_window_size``,
-            ``key_value_seq_lengths``; and the ``residual``. A kernel may be used where that is ``Full()``.
+            ``key_value_seq_lengths``; or the interval. And the ``residual``: a kernel may be used where it is
+            ``Full()``.
 
         Raises:
             ValueError, TypeError: as :meth:`dense`.
 
-        >>> from jaxmask import Padding, SlidingWindow
+        >>> from jaxmask import Chunked, Padding, SlidingWindow
         >>> split = (SlidingWindow(3) & Padding(jnp.ones((1, 8), bool))).split(8, 8)
         >>> print(split.is_causal, split.local_window_size, split.residual)
         True (2, 0) Padding(bool[1, 8])
+        >>> start, end = Chunked(3).split(1, 8, offset=4, intervals=True).key_interval
+        >>> print(start, end)
+        [[3]] [[6]]
         """
-        from jaxmask.native import split
+        mask, at = placed(self, query_length, key_length, offset, query_positions, None)
+        return mask.split_at(at, intervals=intervals)
 
-        checked(self, query_length, key_length, offset, None)
-        return split(self, query_length, key_length, offset)
+    def split_at(self, at: Positions, *, intervals: bool = False) -> "Split[Mask]":
+        """:meth:`split` at positions that are checked."""
+        parts = self.masks if isinstance(self, And) else (self,)
+        return native.split(parts, at, common(self.shape[0], at.batch), Full(), intervals=intervals)
 
     def __and__(self, other: "Mask") -> "Mask":
         return And.of(self, other)
@@ -247,67 +238,11 @@ class Mask:
         refuse_no_mask(other)
 
     __ror__ = __rand__
-    # So that NumPy leaves `array & mask` to the line above, instead of combining element by element.
+    # NumPy leaves `array & mask` to the line above, instead of combining element by element.
     __array_ufunc__ = None
 
     def __bool__(self) -> NoReturn:
         raise TypeError(f"{self!r} is neither true nor false: combine masks by &, | and ~, not by and, or and not")
-
-    def __eq__(self, other: object) -> bool:
-        """The same structure and static integers, and the very same arrays: their contents are never compared."""
-        if not isinstance(other, Mask):
-            return NotImplemented
-        (leaves, structure), (other_leaves, other_structure) = jax.tree.flatten(self), jax.tree.flatten(other)
-        return structure == other_structure and all(map(operator.is_, leaves, other_leaves))
-
-    def __hash__(self) -> int:
-        return hash(jax.tree.structure(self))
-
-    def __repr__(self) -> str:
-        arguments = [(getattr(self, field.name), field.default) for field in fields(self)]  # pyright: ignore[reportArgumentType]
-        while arguments and arguments[-1][0] is arguments[-1][1]:
-            arguments.pop()
-        shown = (repr(value) if isinstance(value, Mask) else checks.describe(value) for value, _ in arguments)
-        return f"{type(self).__name__}({', '.join(shown)})"
-
-    def _repr_html_(self) -> str:
-        from jaxmask import draw
-
-        return draw.html(self)
-
-    def __init_subclass__(cls) -> None:
-        dataclass(frozen=True, eq=False, repr=False)(cls)
-        jax.tree_util.register_pytree_with_keys(cls, cls._flatten_with_keys, cls._unflatten, cls._flatten)
-
-    def _traced(self) -> tuple[str, ...]:
-        """The names of the fields that hold arrays or masks.
-
-        Found once and kept through unflattening, when anything at all may stand in the place of an array.
-        """
-        if "_traced_names" not in self.__dict__:
-            names = (field.name for field in fields(self))  # pyright: ignore[reportArgumentType]
-            self.__dict__["_traced_names"] = tuple(name for name in names if not _is_structure(getattr(self, name)))
-        return self.__dict__["_traced_names"]
-
-    def _flatten(self) -> tuple[tuple[Any, ...], tuple[tuple[str, ...], tuple[tuple[str, Any], ...]]]:
-        traced = self._traced()
-        names = (field.name for field in fields(self))  # pyright: ignore[reportArgumentType]
-        static = tuple((name, getattr(self, name)) for name in names if name not in traced)
-        return tuple(getattr(self, name) for name in traced), (traced, static)
-
-    def _flatten_with_keys(self):
-        children, structure = self._flatten()
-        keys = map(jax.tree_util.GetAttrKey, self._traced())
-        return tuple(zip(keys, children, strict=True)), structure
-
-    @classmethod
-    def _unflatten(
-        cls, structure: tuple[tuple[str, ...], tuple[tuple[str, Any], ...]], children: Iterable[Any]
-    ) -> Self:
-        traced, static = structure
-        mask = object.__new__(cls)
-        mask.__dict__.update(static, _traced_names=traced, **dict(zip(traced, children, strict=True)))
-        return mask
 
 
 class Full(Mask):
@@ -318,17 +253,16 @@ class Full(Mask):
     Causal()
     """
 
-    def check_lengths(self, query_length: int, key_length: int, offset: Offset | None) -> None:
-        pass  # no position of a query is looked at
-
-    def at_keys(self, key_positions: KeyPositions) -> Mask:
-        return self
+    reads_queries, keys_by_index, shape_is_complete = False, True, True
 
     def allows(self, b: Index, h: Index, q: Index, kv: Index) -> Allowed:
         return True
 
     def tile_bounds(self, b: Index, h: Index, q: Span, kv: Span) -> Bounds:
         return True, True
+
+    def native(self) -> Native:
+        return Native()
 
     def __invert__(self) -> Mask:
         return Empty()
@@ -337,11 +271,7 @@ class Full(Mask):
 class Empty(Mask):
     """No pair may attend: the neutral element of ``|``."""
 
-    def check_lengths(self, query_length: int, key_length: int, offset: Offset | None) -> None:
-        pass  # no position of a query is looked at
-
-    def at_keys(self, key_positions: KeyPositions) -> Mask:
-        return self
+    reads_queries, keys_by_index, shape_is_complete = False, True, True
 
     def allows(self, b: Index, h: Index, q: Index, kv: Index) -> Allowed:
         return False
@@ -354,13 +284,15 @@ class Empty(Mask):
 
 
 class _Combination(Mask):
-    """Masks read together: flat, and without neutral elements."""
+    """Masks combined by an operator: flat, and without neutral elements."""
 
     masks: tuple[Mask, ...]
 
     symbol: ClassVar[str]
     neutral: ClassVar[type[Mask]]
     absorbing: ClassVar[type[Mask]]
+    join: ClassVar[Callable[[Allowed, Allowed], Allowed]]
+    shape_is_complete = True
 
     def __post_init__(self) -> None:
         common_shape(self.masks, f"masks joined by {self.symbol}")
@@ -380,12 +312,16 @@ class _Combination(Mask):
     def shape(self) -> tuple[int, int, int]:
         return common_shape(self.masks, f"masks joined by {self.symbol}")
 
-    def check_lengths(self, query_length: int, key_length: int, offset: Offset | None) -> None:
+    def check(self, extent: Extent) -> None:
         for part in self.masks:
-            part.check_lengths(query_length, key_length, offset)
+            part.check(extent)
 
     def at_keys(self, key_positions: KeyPositions) -> Mask:
         return type(self)(tuple(part.at_keys(key_positions) for part in self.masks))
+
+    def tile_bounds(self, b: Index, h: Index, q: Span, kv: Span) -> Bounds:
+        some, every = zip(*(part.tile_bounds(b, h, q, kv) for part in self.masks), strict=True)
+        return reduce(type(self).join, some), reduce(type(self).join, every)
 
     def __repr__(self) -> str:
         # `&` binds tighter than `|`, so that an Or inside an And is what needs parentheses.
@@ -396,27 +332,19 @@ class _Combination(Mask):
 class And(_Combination):
     """The pairs that every one of the masks allows; written ``a & b``."""
 
-    symbol, neutral, absorbing = "&", Full, Empty
+    symbol, neutral, absorbing, join = "&", Full, Empty, operator.and_
 
     def allows(self, b: Index, h: Index, q: Index, kv: Index) -> Allowed:
         return reduce(operator.and_, (part.allows(b, h, q, kv) for part in self.masks))
-
-    def tile_bounds(self, b: Index, h: Index, q: Span, kv: Span) -> Bounds:
-        some, every = zip(*(part.tile_bounds(b, h, q, kv) for part in self.masks), strict=True)
-        return reduce(operator.and_, some), reduce(operator.and_, every)
 
 
 class Or(_Combination):
     """The pairs that one of the masks allows; written ``a | b``."""
 
-    symbol, neutral, absorbing = "|", Empty, Full
+    symbol, neutral, absorbing, join = "|", Empty, Full, operator.or_
 
     def allows(self, b: Index, h: Index, q: Index, kv: Index) -> Allowed:
         return reduce(operator.or_, (part.allows(b, h, q, kv) for part in self.masks))
-
-    def tile_bounds(self, b: Index, h: Index, q: Span, kv: Span) -> Bounds:
-        some, every = zip(*(part.tile_bounds(b, h, q, kv) for part in self.masks), strict=True)
-        return reduce(operator.or_, some), reduce(operator.or_, every)
 
 
 class Not(Mask):
@@ -424,12 +352,14 @@ class Not(Mask):
 
     mask: Mask
 
+    shape_is_complete = True
+
     @property
     def shape(self) -> tuple[int, int, int]:
         return self.mask.shape
 
-    def check_lengths(self, query_length: int, key_length: int, offset: Offset | None) -> None:
-        self.mask.check_lengths(query_length, key_length, offset)
+    def check(self, extent: Extent) -> None:
+        self.mask.check(extent)
 
     def allows(self, b: Index, h: Index, q: Index, kv: Index) -> Allowed:
         return _not(self.mask.allows(b, h, q, kv))
@@ -454,31 +384,31 @@ class _AtKeys(Mask):
     mask: Mask
     key_positions: KeyPositions
 
+    keys_by_index, shape_is_complete = True, True
+
     @property
     def shape(self) -> tuple[int, int, int]:
         batch, heads, _ = self.mask.shape
-        rows, kv = as_rows(self.key_positions).shape
-        return rows if batch == 1 else batch, heads, kv
+        *rows, kv = self.key_positions.shape
+        return common(batch, *rows), heads, kv
 
-    def check_lengths(self, query_length: int, key_length: int, offset: Offset | None) -> None:
-        pass  # positions are given, and any will do
+    def check(self, extent: Extent) -> None:
+        self.mask.check(extent._replace(queries=None, keys=None, key_length=None))
 
     def allows(self, b: Index, h: Index, q: Index, kv: Index) -> Allowed:
-        return self.mask.allows(b, h, q, key_position(self.key_positions, b, kv))
+        return self.mask.allows(b, h, q, lookup(self.key_positions, b=b, kv=kv))
 
     def tile_bounds(self, b: Index, h: Index, q: Span, kv: Span) -> Bounds:
-        positions = key_position(self.key_positions, b, kv.positions)
-        return self.mask.tile_bounds(b, h, q, kv.at(positions))
-
-    def at_keys(self, key_positions: KeyPositions) -> Mask:
-        return self
+        return self.mask.tile_bounds(b, h, q, kv.at(lookup(self.key_positions, b=b, kv=kv.positions)))
 
     def __repr__(self) -> str:
         return f"{self.mask!r}.at_keys({checks.describe(self.key_positions)})"
 
 
 class _Occupied(Mask):
-    """The keys that are there: an empty slot has a negative position."""
+    """The slots that hold a key: an empty slot has a negative position."""
+
+    reads_queries, shape_is_complete = False, True
 
     def allows(self, b: Index, h: Index, q: Index, kv: Index) -> Allowed:
         return kv >= 0
@@ -504,98 +434,36 @@ def common_shape(masks: Sequence[Mask], joined: str) -> tuple[int, int, int]:
     return batch, heads, kv
 
 
-def checked(
-    mask: Mask, query_length: int, key_length: int, offset: Offset | None, key_positions: KeyPositions | None
-) -> tuple[Mask, int, int, Offset]:
-    """The mask to be read, of the indices of keys, at the lengths and from the position that are meant."""
-    query_length = checks.length("query_length", query_length)
-    key_length = checks.length("key_length", key_length)
-    if offset is not None:
-        checks.scalar("offset", offset, minimum=-checks.INT32_MAX, ranks=(0, 1))
-    if key_positions is not None:
-        checks.fits_int32("key_positions", checks.array("key_positions", key_positions, "i", 1, 2))
-        if key_positions.shape[-1] != key_length:
-            raise ValueError(
-                f"key_positions must give the position of each of the {key_length} keys, got "
-                f"{checks.describe(key_positions)}"
-            )
-        if offset is None:
-            raise ValueError(
-                "offset is missing: key_positions says where the keys are, but not where the queries; say offset=<the "
-                "position of the first query>"
-            )
-        batch, rows = mask.shape[0], as_rows(key_positions).shape[0]
-        if rows != 1 and batch not in (1, rows):
-            raise ValueError(f"key_positions is for a batch of {rows}, but {mask!r} for one of {batch}")
-        # In fewer bits, a difference of positions could overflow.
-        key_positions = key_positions.astype(np.int32)
-        mask = mask.at_keys(key_positions)
-    mask.check_lengths(query_length, key_length, offset)
-    if key_positions is not None:
-        mask = mask & _AtKeys(_Occupied(), key_positions)
-    return mask, query_length, key_length, 0 if offset is None else offset
+def placed(
+    mask: Mask,
+    query_length: int,
+    key_length: int,
+    offset: Offset | None,
+    query_positions: QueryPositions | None,
+    key_positions: KeyPositions | None,
+) -> tuple[Mask, Positions]:
+    """The mask to be read, as a function of the indices of keys, and the positions; both checked."""
+    at = Positions.of(query_length, key_length, offset, query_positions, key_positions)
+    if at.keys is None:
+        mask.check(at.extent)
+        return mask, at
+    batch, rows = mask.shape[0], at.batches.get("key_positions", 1)
+    if rows != 1 and batch not in (1, rows):
+        raise ValueError(f"key_positions is for a batch of {rows}, but {mask!r} for one of {batch}")
+    mask = mask.at_keys(at.keys)
+    mask.check(at.extent)
+    return mask & _AtKeys(_Occupied(), at.keys), at
 
 
-# The offset is traced even where it is a Python int, so that decoding step by step compiles once.
-@partial(jax.jit, static_argnames=("query_length", "key_length"))
-def _dense(mask: Mask, query_length: int, key_length: int, offset: Offset) -> Bool[Array, "batch heads q kv"]:
-    (allowed,), batch, heads = _read(
-        mask, query_length, key_length, offset, lambda b, h, q, first, kv: (mask.allows(b, h, q + first, kv),)
+def _sizes(batch: int | None, heads: int | None) -> reading.Sizes:
+    return (
+        None if batch is None else checks.integer("batch", batch, minimum=1),
+        None if heads is None else checks.integer("heads", heads, minimum=1),
     )
-    return jnp.broadcast_to(allowed, (batch, heads, query_length, key_length))
-
-
-@partial(jax.jit, static_argnames=("query_length", "key_length", "dtype"))
-def _bias(
-    mask: Mask, query_length: int, key_length: int, offset: Offset, dtype: np.dtype[Any]
-) -> Float[Array, "batch heads q kv"]:
-    return bias.from_allowed(_dense(mask, query_length, key_length, offset), dtype)
-
-
-def _states(mask: Mask, query_length: int, key_length: int, offset: Offset, block: tuple[int, int]) -> Any:
-    def bounds(b: Index, h: Index, q: Any, first: Any, kv: Any) -> Bounds:
-        return mask.tile_bounds(b, h, Span(q, 2, block[0], first), Span(kv, 3, block[1]))
-
-    (some, every), batch, heads = _read(mask, query_length, key_length, offset, bounds)
-    return from_bounds(some, every, (batch, heads, -(-query_length // block[0]), -(-key_length // block[1])))
-
-
-_traced_states = jax.jit(_states, static_argnums=(1, 2, 4))
-
-
-def _read(
-    mask: Mask, query_length: int, key_length: int, offset: Offset, look: Callable[..., tuple[Allowed, ...]]
-) -> tuple[tuple[Allowed, ...], int, int]:
-    """What ``look(b, h, q, first, kv)`` finds for every pair, and the numbers of examples and of heads.
-
-    Of the queries it is told their indices and the position of the first.
-    """
-    batch, heads, _ = mask.shape
-    first = by_batch(offset)
-    if first.shape[0] != 1 and batch not in (1, first.shape[0]):
-        raise ValueError(f"offset is for a batch of {first.shape[0]}, but {mask!r} for one of {batch}")
-    batch = first.shape[0] if batch == 1 else batch
-    # An array tells the size of the batch, be it 1. Of heads, 1 tells nothing: arrays have it to fit any number. Where
-    # the number is unknown, two of them show whether it matters.
-    any_batch = all(np.ndim(array) == 0 for array in (*jax.tree.leaves(mask), offset)) and batch == 1
-    any_heads = heads == 1
-    b, h = iota(2 if any_batch else batch, 0), iota(2 if any_heads else heads, 1)
-    found = look(b, h, iota(query_length, 2), first, iota(key_length, 3))
-    for axis, name, unknown in ((0, "batch", any_batch), (1, "heads", any_heads)):
-        if unknown and any(np.ndim(part) == 4 and np.shape(part)[axis] == 2 for part in found):
-            raise ValueError(
-                f"{mask!r} looks at its index of {name}, but nothing says how many there are: give the size, as by "
-                f"Predicate(fn, {name}=…), or combine it with a mask that has it"
-            )
-    return found, batch, heads
 
 
 def _not(truth: Allowed) -> Allowed:
     return not truth if isinstance(truth, bool) else ~truth
-
-
-def _is_structure(value: object) -> bool:
-    return value is None or isinstance(value, int) or callable(value)
 
 
 def refuse_no_mask(value: object, expected: str = "a mask combines only with masks") -> NoReturn:

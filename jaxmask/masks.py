@@ -8,14 +8,18 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import reduce
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int
 
 from jaxmask import checks
-from jaxmask.indices import Allowed, Index, as_4d, by_example, inside, lookup
-from jaxmask.mask import KeyPositions, Mask, Offset, Scalar, common_shape
-from jaxmask.tiles import Bounds, Span
+from jaxmask.description import is_beyond
+from jaxmask.indices import Allowed, Index, by_example, common, inside, lookup
+from jaxmask.mask import Mask, common_shape
+from jaxmask.native import Native
+from jaxmask.positions import LIMIT, Extent, KeyPositions, Scalar, clipped
+from jaxmask.spans import Bounds, Span
 
 
 class Causal(Mask):
@@ -28,11 +32,16 @@ class Causal(Mask):
              [ True,  True]]]], dtype=bool)
     """
 
+    shape_is_complete = True
+
     def allows(self, b: Index, h: Index, q: Index, kv: Index) -> Allowed:
         return kv <= q
 
     def tile_bounds(self, b: Index, h: Index, q: Span, kv: Span) -> Bounds:
         return kv.min <= q.max, kv.max <= q.min
+
+    def native(self) -> Native:
+        return Native(right=0)
 
 
 class SlidingWindow(Mask):
@@ -56,8 +65,10 @@ class SlidingWindow(Mask):
 
     size: Scalar
 
+    shape_is_complete = True
+
     def __post_init__(self) -> None:
-        checks.scalar("size", self.size, minimum=1)
+        self._set(size=checks.scalar("size", self.size, minimum=1))
 
     def allows(self, b: Index, h: Index, q: Index, kv: Index) -> Allowed:
         return (kv <= q) & (q - kv < self.size)
@@ -65,6 +76,9 @@ class SlidingWindow(Mask):
     def tile_bounds(self, b: Index, h: Index, q: Span, kv: Span) -> Bounds:
         nearest, farthest = q.min - kv.max, q.max - kv.min
         return (farthest >= 0) & (nearest < self.size), (nearest >= 0) & (farthest < self.size)
+
+    def native(self) -> Native:
+        return Native(left=self.size - 1, right=0)
 
 
 class Window(Mask):
@@ -88,10 +102,12 @@ class Window(Mask):
     left: Scalar | None
     right: Scalar | None
 
+    shape_is_complete = True
+
     def __post_init__(self) -> None:
         for name in ("left", "right"):
             if getattr(self, name) is not None:
-                checks.scalar(name, getattr(self, name), minimum=0)
+                self._set(**{name: checks.scalar(name, getattr(self, name), minimum=0)})
 
     def allows(self, b: Index, h: Index, q: Index, kv: Index) -> Allowed:
         # Differences, and not `q + right`, which could overflow.
@@ -106,6 +122,9 @@ class Window(Mask):
         if self.right is not None:
             some, every = some & (kv.min - q.max <= self.right), every & (kv.max - q.min <= self.right)
         return some, every
+
+    def native(self) -> Native:
+        return Native(left=self.left, right=self.right)
 
 
 class Chunked(Mask):
@@ -131,26 +150,37 @@ class Chunked(Mask):
     size: Scalar
     start: Scalar | Int[Array | np.ndarray, "batch"] = 0
 
+    shape_is_complete = True
+
     def __post_init__(self) -> None:
-        checks.scalar("size", self.size, minimum=1)
-        checks.scalar("start", self.start, minimum=-checks.INT32_MAX, ranks=(0, 1))
+        self._set(
+            size=checks.scalar("size", self.size, minimum=1),
+            start=checks.scalar("start", self.start, minimum=-checks.INT32_MAX, ranks=(0, 1)),
+        )
 
     @property
     def shape(self) -> tuple[int, int, int]:
         return np.size(self.start), 1, 1
 
     def allows(self, b: Index, h: Index, q: Index, kv: Index) -> Allowed:
-        start = by_example(self.start, b)
-        return (q - start) // self.size == (kv - start) // self.size
+        return self._chunk(b, q) == self._chunk(b, kv)
 
     def tile_bounds(self, b: Index, h: Index, q: Span, kv: Span) -> Bounds:
-        start = by_example(self.start, b)
-        return _share(
-            (q.min - start) // self.size,
-            (q.max - start) // self.size,
-            (kv.min - start) // self.size,
-            (kv.max - start) // self.size,
-        )
+        return _share(*(self._chunk(b, position) for position in (q.min, q.max, kv.min, kv.max)))
+
+    def native(self) -> Native:
+        def interval(b: Index, q: Index) -> tuple[Any, Any]:
+            before = (q % self.size - by_example(self.start, b) % self.size) % self.size
+            # Summed from the right, for no part of it may exceed an int32.
+            return q - before, q + jnp.minimum(self.size - before, LIMIT)
+
+        return Native(interval=interval)
+
+    def _chunk(self, b: Index, position: Any) -> Any:
+        """``(position - start) // size``, up to a number that is the same for all positions, and without overflow."""
+        start = by_example(self.start, b) % self.size
+        chunk = position // self.size
+        return chunk if isinstance(start, int) and start == 0 else chunk - (position % self.size < start)
 
 
 class Prefix(Mask):
@@ -173,15 +203,14 @@ class Prefix(Mask):
 
     length: Scalar | Int[Array | np.ndarray, "batch"]
 
+    reads_queries, shape_is_complete = False, True
+
     def __post_init__(self) -> None:
-        checks.scalar("length", self.length, minimum=0, ranks=(0, 1))
+        self._set(length=checks.scalar("length", self.length, minimum=0, ranks=(0, 1)))
 
     @property
     def shape(self) -> tuple[int, int, int]:
         return np.size(self.length), 1, 1
-
-    def check_lengths(self, query_length: int, key_length: int, offset: Offset | None) -> None:
-        pass  # no position of a query is looked at
 
     def allows(self, b: Index, h: Index, q: Index, kv: Index) -> Allowed:
         return kv < by_example(self.length, b)
@@ -189,6 +218,9 @@ class Prefix(Mask):
     def tile_bounds(self, b: Index, h: Index, q: Span, kv: Span) -> Bounds:
         length = by_example(self.length, b)
         return kv.min < length, kv.max < length
+
+    def native(self) -> Native:
+        return Native(length=self.length)
 
 
 class Padding(Mask):
@@ -209,32 +241,27 @@ class Padding(Mask):
 
     valid: Bool[Array | np.ndarray, "batch kv"] | Int[Array | np.ndarray, "batch kv"]
 
+    reads_queries, keys_by_index, shape_is_complete = False, True, True
+
     def __post_init__(self) -> None:
         hint = "; make it bool by `valid != 0` from a 0/1 mask, or by `valid == 0` from an additive bias"
         checks.array("valid", self.valid, "bi", 2, hint=hint)
         if isinstance(self.valid, np.ndarray):
             # Before JAX, without 64-bit mode, cuts an int64 in half.
-            object.__setattr__(self, "valid", self.valid != 0)
+            self._set(valid=self.valid != 0)
 
     @property
     def shape(self) -> tuple[int, int, int]:
         return self.valid.shape[0], 1, self.valid.shape[1]
 
-    def at_keys(self, key_positions: KeyPositions) -> Mask:
-        return self
-
-    def check_lengths(self, query_length: int, key_length: int, offset: Offset | None) -> None:
-        if self.valid.shape[1] != key_length:
-            raise ValueError(
-                f"key_length is {key_length}, but valid of Padding describes {self.valid.shape[1]} keys "
-                f"({checks.describe(self.valid)}): it must cover every key, the cached ones included"
-            )
+    def check(self, extent: Extent) -> None:
+        refuse_other_keys(self, "valid", self.valid, extent)
 
     def allows(self, b: Index, h: Index, q: Index, kv: Index) -> Allowed:
-        return lookup(self.valid, b=b, kv=kv) != 0
+        return (lookup(self.valid, b=b, kv=kv) != 0) & inside(kv, self.valid.shape[1])
 
     def tile_bounds(self, b: Index, h: Index, q: Span, kv: Span) -> Bounds:
-        valid = lookup(self.valid, b=b, kv=kv.positions) != 0
+        valid = self.allows(b, h, 0, kv.positions)
         return kv.most(valid), kv.least(valid)
 
 
@@ -244,16 +271,18 @@ class Segments(Mask):
     Source: ``packed_sequence_mask_function`` in Transformers' ``masking_utils``, ``SegmentIds`` of splash attention.
 
     Args:
-        query_ids: integer ``[batch, length]``: the id of each position, of queries and of keys. A position that has no
-            id, for it is beyond the array, does not attend.
+        query_ids: integer ``[batch, length]``: the id of each position, of queries and of keys. A position beyond the
+            array has no id, and does not attend.
         key_ids: integer ``[batch, kv]``, where the keys are others than the queries, or not in the order of their
             positions: the id of each key. Then ``query_ids`` are of queries alone.
         offset: position of the first query that ``query_ids`` describes, where it is not 0; an int, or a traced scalar.
+        consecutive: whether keys with one id stand next to each other, as packed documents do; static. Kernels may then
+            take the mask as an interval of keys for each query. This is checked in NumPy arrays, and trusted of others.
 
     Raises:
-        TypeError: ids are no arrays of integers.
+        TypeError: ids are not arrays of integers.
         ValueError: ids have another rank, or do not fit an int32; two batches differ in size; an ``offset`` without
-            ``key_ids``.
+            ``key_ids``; ids that are said to be consecutive are not.
 
     >>> Segments(jnp.array([[0, 0, 1]])).dense(3, 3)
     Array([[[[ True,  True, False],
@@ -264,6 +293,9 @@ class Segments(Mask):
     query_ids: Int[Array | np.ndarray, "batch q"]
     key_ids: Int[Array | np.ndarray, "batch kv"] | None = None
     offset: Scalar = 0
+    consecutive: bool = False
+
+    shape_is_complete = True
 
     def __post_init__(self) -> None:
         hint = "; ids of segments are integers, such as jnp.cumsum of the starts of documents"
@@ -271,7 +303,7 @@ class Segments(Mask):
             if name == "query_ids" or self.key_ids is not None:
                 ids = checks.array(name, getattr(self, name), "i", 2, hint=hint)
                 checks.fits_int32(name, ids)
-        checks.scalar("offset", self.offset, minimum=-checks.INT32_MAX)
+        self._set(offset=checks.scalar("offset", self.offset, -LIMIT, LIMIT))
         if self.key_ids is None:
             if checks.is_array(self.offset) or self.offset != 0:
                 raise ValueError(
@@ -283,29 +315,24 @@ class Segments(Mask):
                 f"query_ids and key_ids must agree on the size of batch, got {checks.describe(self.query_ids)} and "
                 f"{checks.describe(self.key_ids)}"
             )
+        if self.consecutive and isinstance(self._keys, np.ndarray):
+            for row, ids in enumerate(self._keys):
+                if len(np.unique(ids)) <= np.count_nonzero(np.diff(ids)):
+                    raise ValueError(f"consecutive is True, but row {row} of the ids returns to an id: {ids!r}")
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        keys = self.query_ids if self.key_ids is None else self.key_ids
-        batch = self.query_ids.shape[0] if keys.shape[0] == 1 else keys.shape[0]
-        return batch, 1, keys.shape[1]
+        return common(self.query_ids.shape[0], self._keys.shape[0]), 1, self._keys.shape[1]
 
-    def check_lengths(self, query_length: int, key_length: int, offset: Offset | None) -> None:
-        name, keys = ("query_ids", self.query_ids) if self.key_ids is None else ("key_ids", self.key_ids)
-        if keys.shape[1] != key_length:
-            raise ValueError(
-                f"key_length is {key_length}, but {name} of Segments describes {keys.shape[1]} keys "
-                f"({checks.describe(keys)}): it must cover every key, the cached ones included"
-            )
+    def check(self, extent: Extent) -> None:
         if self.key_ids is None:
-            super().check_lengths(query_length, key_length, offset)
-        if checks.is_array(offset) or checks.is_array(self.offset):
-            return
-        start, count = (0 if offset is None else offset) - self.offset, self.query_ids.shape[1]
-        if not 0 <= start <= count - query_length:
+            super().check(extent)
+        refuse_other_keys(self, "query_ids" if self.key_ids is None else "key_ids", self._keys, extent)
+        count = self.query_ids.shape[1]
+        if extent.queries is not None and is_beyond(extent.queries, count, self.offset):
             raise ValueError(
                 f"query_ids of Segments describes the queries at {self.offset} to {self.offset + count - 1}, but "
-                f"{query_length} queries from {start + self.offset} on were asked for: where these are the ids of just "
+                f"those at {extent.queries[0]} to {extent.queries[1]} were asked for: where these are the ids of just "
                 "these queries, say Segments(query_ids, key_ids, offset=<position of the first>)"
             )
 
@@ -313,29 +340,51 @@ class Segments(Mask):
         return super().at_keys(key_positions) if self.key_ids is None else self
 
     def allows(self, b: Index, h: Index, q: Index, kv: Index) -> Allowed:
-        (query_ids, query_given), (key_ids, key_given) = self.of_queries(b, q), self.of_keys(b, kv)
-        return (query_ids == key_ids) & query_given & key_given
+        same = self._query_ids(b, q) == lookup(self._keys, b=b, kv=kv)
+        return same & self._has_query(q) & inside(kv, self._keys.shape[1])
 
     def tile_bounds(self, b: Index, h: Index, q: Span, kv: Span) -> Bounds:
-        (query_ids, query_given), (key_ids, key_given) = (
-            self.of_queries(b, q.positions),
-            self.of_keys(b, kv.positions),
-        )
+        query_ids, key_ids = self._query_ids(b, q.positions), lookup(self._keys, b=b, kv=kv.positions)
         some, every = _share(q.least(query_ids), q.most(query_ids), kv.least(key_ids), kv.most(key_ids))
-        return (
-            some & q.most(query_given) & kv.most(key_given),
-            every & q.least(query_given) & kv.least(key_given),
-        )
+        has_query, has_key = self._has_query(q.positions), inside(kv.positions, self._keys.shape[1])
+        return some & q.most(has_query) & kv.most(has_key), every & q.least(has_query) & kv.least(has_key)
 
-    def of_queries(self, b: Index, q: Index) -> tuple[Any, Allowed]:
-        """The ids of the queries at positions ``q``, and which of them have one."""
-        row = q - self.offset
-        return lookup(self.query_ids, b=b, q=row), inside(row, self.query_ids.shape[1])
+    def native(self) -> Native | None:
+        return Native(interval=self._interval) if self.consecutive else None
 
-    def of_keys(self, b: Index, kv: Index) -> tuple[Any, Allowed]:
-        """The ids of the keys ``kv``, and which of them have one."""
-        ids = self.query_ids if self.key_ids is None else self.key_ids
-        return lookup(ids, b=b, kv=kv), inside(kv, ids.shape[1])
+    def segment_ids(self, b: Index, q: Index, kv: Index) -> tuple[Any, Any]:
+        """The ids of queries and keys as splash attention has them: equal where a pair may attend, int32."""
+        query_ids, key_ids = jnp.asarray(self._query_ids(b, q)), jnp.asarray(lookup(self._keys, b=b, kv=kv))
+        # Ids that no other has, for positions beyond the arrays.
+        key_ids = jnp.where(inside(kv, self._keys.shape[1]), key_ids, query_ids.min() - 1)
+        return jnp.where(self._has_query(q), query_ids, key_ids.max() + 1), key_ids
+
+    @property
+    def _keys(self) -> Any:
+        """The ids of the keys."""
+        return self.query_ids if self.key_ids is None else self.key_ids
+
+    def _query_ids(self, b: Index, q: Index) -> Any:
+        return lookup(self.query_ids, b=b, q=q - clipped(self.offset))
+
+    def _has_query(self, q: Index) -> Allowed:
+        return inside(q - clipped(self.offset), self.query_ids.shape[1])
+
+    def _interval(self, b: Index, q: Index) -> tuple[Any, Any]:
+        """The first key with the id of the query, and the first after the last."""
+        ids = jnp.asarray(self._query_ids(b, q))
+        keys = jnp.broadcast_to(self._keys, (max(len(ids), len(self._keys)), self._keys.shape[1]))
+        rows = jnp.broadcast_to(ids[:, 0, :, 0], (len(keys), ids.shape[2]))
+
+        def of_example(keys: Array, ids: Array) -> tuple[Array, Array]:
+            order = jnp.argsort(keys, stable=True)
+            first, end = (jnp.searchsorted(keys[order], ids, side=side) for side in ("left", "right"))
+            is_key = first < end
+            start = jnp.where(is_key, order.at[first].get(mode="clip"), 0)
+            return start, start + (end - first)
+
+        start, end = (x[:, None, :, None].astype(jnp.int32) for x in jax.vmap(of_example)(keys, rows))
+        return start, jnp.where(self._has_query(q), end, start)
 
 
 class Dense(Mask):
@@ -359,44 +408,41 @@ class Dense(Mask):
     allowed: Bool[Array | np.ndarray, "q kv"] | Bool[Array | np.ndarray, "batch heads q kv"]
     offset: Scalar = 0
 
+    keys_by_index, shape_is_complete = True, True
+
     def __post_init__(self) -> None:
         hint = "; make it bool by `allowed != 0` from a 0/1 mask, or by `allowed == 0` from an additive bias"
         checks.array("allowed", self.allowed, "b", 2, 4, hint=hint)
-        checks.scalar("offset", self.offset, minimum=-checks.INT32_MAX)
+        self._set(offset=checks.scalar("offset", self.offset, -LIMIT, LIMIT))
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        batch, heads, _, kv = as_4d(self.allowed).shape
+        batch, heads, _, kv = (1, 1, *self.allowed.shape)[-4:]
         return batch, heads, kv
 
-    def at_keys(self, key_positions: KeyPositions) -> Mask:
-        return self
-
-    def check_lengths(self, query_length: int, key_length: int, offset: Offset | None) -> None:
+    def check(self, extent: Extent) -> None:
         *_, rows, kv = self.allowed.shape
-        if kv not in (1, key_length):
-            raise ValueError(
-                f"key_length is {key_length}, but allowed of Dense has {kv} keys ({checks.describe(self.allowed)})"
-            )
-        if rows == 1 or checks.is_array(offset) or checks.is_array(self.offset):
+        if kv != 1:
+            refuse_other_keys(self, "allowed", self.allowed, extent)
+        if rows == 1:
             return
-        start = 0 if offset is None else offset
-        if not 0 <= start - self.offset <= rows - query_length or (offset is None and rows != query_length):
+        start = extent.queries[0] if extent.queries else None
+        if (not extent.is_aligned and rows != extent.query_length) or is_beyond(extent.queries, rows, self.offset):
             raise ValueError(
                 f"allowed of Dense has {rows} rows, for the queries at {self.offset} to {self.offset + rows - 1}, but "
-                f"{query_length} queries from {start} on were asked for: where the rows are just these queries, say "
-                "Dense(allowed, offset=<position of the first>)"
+                f"{extent.query_length} queries from {start} on were asked for: where the rows are just these queries, "
+                "say Dense(allowed, offset=<position of the first>)"
             )
 
     def allows(self, b: Index, h: Index, q: Index, kv: Index) -> Allowed:
-        allowed = as_4d(self.allowed)
-        rows = allowed.shape[2]
-        row = q - self.offset
-        given = True if rows == 1 else inside(row, rows)
-        return given & lookup(allowed, b=b, h=h, q=row, kv=kv)
+        *_, rows, keys = self.allowed.shape
+        row = q - clipped(self.offset)
+        # A size of 1 serves every index.
+        is_given = (True if rows == 1 else inside(row, rows)) & (True if keys == 1 else inside(kv, keys))
+        return lookup(self.allowed, b=b, h=h, q=row, kv=kv) & is_given
 
     def tile_bounds(self, b: Index, h: Index, q: Span, kv: Span) -> Bounds:
-        # All that is known of these pairs is what was given of each.
+        # All that is known of these pairs is what was given for each.
         allowed = self.allows(b, h, q.positions, kv.positions)
         return kv.most(q.most(allowed)), kv.least(q.least(allowed))
 
@@ -442,7 +488,7 @@ class Predicate(Mask):
             raise TypeError(f"fn must be a function of (b, h, q, kv), got {checks.describe(self.fn)}")
         for name in ("batch", "heads"):
             if getattr(self, name) is not None:
-                checks.length(name, getattr(self, name))
+                self._set(**{name: checks.length(name, getattr(self, name))})
         if self.bounds is not None and not callable(self.bounds):
             raise TypeError(f"bounds must be a function of (b, h, q, kv), got {checks.describe(self.bounds)}")
 
@@ -507,6 +553,8 @@ class PerHead(Mask):
 
     masks: Sequence[Mask]
 
+    shape_is_complete = True
+
     def __post_init__(self) -> None:
         if not isinstance(self.masks, list | tuple):
             raise TypeError(
@@ -514,7 +562,7 @@ class PerHead(Mask):
             )
         if not self.masks:
             raise ValueError("masks of PerHead must be a mask for each head, got none")
-        object.__setattr__(self, "masks", tuple(self.masks))
+        self._set(masks=tuple(self.masks))
         for head, mask in enumerate(self.masks):
             if not isinstance(mask, Mask):
                 raise TypeError(f"masks of PerHead must be masks, got {checks.describe(mask)} for head {head}")
@@ -529,30 +577,46 @@ class PerHead(Mask):
         batch, _, kv = common_shape(self.masks, "masks of PerHead")
         return batch, len(self.masks), kv
 
-    def check_lengths(self, query_length: int, key_length: int, offset: Offset | None) -> None:
+    def check(self, extent: Extent) -> None:
         for mask in self.masks:
-            mask.check_lengths(query_length, key_length, offset)
+            mask.check(extent)
 
     def at_keys(self, key_positions: KeyPositions) -> Mask:
         return PerHead([mask.at_keys(key_positions) for mask in self.masks])
 
     def allows(self, b: Index, h: Index, q: Index, kv: Index) -> Allowed:
-        return reduce(operator.or_, (mine & mask.allows(b, h, q, kv) for mask, mine in self._each(h)))
+        return reduce(operator.or_, (is_own & mask.allows(b, h, q, kv) for mask, is_own in self._heads(h)))
 
     def tile_bounds(self, b: Index, h: Index, q: Span, kv: Span) -> Bounds:
-        found = [(mine, mask.tile_bounds(b, h, q, kv)) for mask, mine in self._each(h)]
-        some = reduce(operator.or_, (mine & some for mine, (some, _) in found))
-        every = reduce(operator.or_, (mine & every for mine, (_, every) in found))
+        bounds = [(is_own, *mask.tile_bounds(b, h, q, kv)) for mask, is_own in self._heads(h)]
+        some = reduce(operator.or_, (is_own & some for is_own, some, _ in bounds))
+        every = reduce(operator.or_, (is_own & every for is_own, _, every in bounds))
         return some, every
 
-    def _each(self, h: Index) -> Iterator[tuple[Mask, Allowed]]:
-        """The masks that differ, and whether ``h`` is one of the heads of each."""
+    def _heads(self, h: Index) -> Iterator[tuple[Mask, Allowed]]:
+        """The masks that differ, and whether ``h`` is a head of each."""
         heads: dict[Mask, list[int]] = {}
         for head, mask in enumerate(self.masks):
             heads.setdefault(mask, []).append(head)
-        for mask, mine in heads.items():
+        for mask, own in heads.items():
             # A single mask serves every head, as a size of 1 does.
-            yield mask, True if len(self.masks) == 1 else reduce(operator.or_, (h == head for head in mine))
+            yield mask, True if len(self.masks) == 1 else reduce(operator.or_, (h == head for head in own))
+
+
+def refuse_other_keys(mask: Mask, name: str, array: Any, extent: Extent) -> None:
+    """Raise a ``ValueError`` where an array has no element for each key, on its last axis."""
+    keys, kind = array.shape[-1], type(mask).__name__
+    if extent.key_length is None:
+        if is_beyond(extent.keys, keys):
+            raise ValueError(
+                f"{name} of {kind} describes {keys} keys ({checks.describe(array)}), but keys up to position "
+                f"{extent.keys and extent.keys[1]} were asked for: it must cover every key"
+            )
+    elif keys != extent.key_length:
+        raise ValueError(
+            f"key_length is {extent.key_length}, but {name} of {kind} describes {keys} keys "
+            f"({checks.describe(array)}): it must cover every key, the cached ones included"
+        )
 
 
 def _share(q_min: Any, q_max: Any, kv_min: Any, kv_max: Any) -> Bounds:

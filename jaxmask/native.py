@@ -1,89 +1,164 @@
-"""What of a mask a fused kernel can take in its own arguments, and what is left over."""
+"""What a mask can say in the few terms that fused kernels know, and what is left over.
 
-import operator
+Kernels ask and masks answer: a mask says its :class:`Native` terms by :meth:`Mask.native`, and a kernel takes those
+that it knows.
+"""
+
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import reduce
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int
 
-from jaxmask.mask import And, Full, Mask, Offset
-from jaxmask.masks import Causal, Prefix, SlidingWindow, Window
+from jaxmask.indices import Index, by_example, iota
+from jaxmask.positions import LIMIT, Positions, Scalar
+
+M = TypeVar("M")
+
+# The first key of each query at position ``q`` of example ``b``, and the first after the last.
+Interval = Callable[[Index, Index], tuple[Any, Any]]
 
 
 @dataclass(frozen=True, eq=False)
-class Split:
-    """The arguments of ``jax.nn.dot_product_attention`` that say a mask, or a part of it.
+class Native:
+    """A mask in the terms of fused kernels. A query at position ``q`` attends to the keys at ``kv`` where all hold.
 
     Args:
-        query_length, key_length: static.
+        left: ``q - left <= kv``; ``None`` for no limit.
+        right: ``kv <= q + right``; 0 is causal.
+        length: ``kv < length``, the number of keys; an int, or int32 ``[]`` or ``[batch]``.
+        interval: a function of the example and the position of a query that returns ``(start, end)``, for
+            ``start <= kv < end``; both broadcast with its arguments.
+
+    >>> terms = Native(right=0) & Native(left=3)  # causal, and a window
+    >>> terms.left, terms.right, terms.length
+    (3, 0, None)
+    """
+
+    left: Scalar | None = None
+    right: Scalar | None = None
+    length: Scalar | Int[Array | np.ndarray, "batch"] | None = None
+    interval: Interval | None = None
+
+    def __and__(self, other: "Native") -> "Native":
+        return Native(
+            _least(self.left, other.left),
+            _least(self.right, other.right),
+            _least(self.length, other.length),
+            _intersection(self.interval, other.interval),
+        )
+
+    def keys(self, b: Index, q: Index, key_length: int) -> tuple[Any, Any]:
+        """The keys of each query as an interval ``[start, end)`` within ``[0, key_length)``: int32, as ``q`` is."""
+        start, end = jnp.zeros_like(q), jnp.full_like(q, key_length)
+        if self.left is not None:
+            start = jnp.maximum(start, q - jnp.minimum(self.left, LIMIT))
+        if self.right is not None:
+            end = jnp.minimum(end, q + jnp.minimum(self.right, LIMIT - 1) + 1)
+        if self.length is not None:
+            end = jnp.minimum(end, by_example(self.length, b))
+        if self.interval is not None:
+            first, last = self.interval(b, q)
+            start, end = jnp.maximum(start, first), jnp.minimum(end, last)
+        return start, end
+
+
+@dataclass(frozen=True, eq=False)
+class Split(Generic[M]):
+    """The arguments of a fused kernel that say a mask, or a part of it.
+
+    Args:
         is_causal: whether a query attends to no key with a higher index than its own.
         local_window_size: how many keys before and after its own index a query attends to, or ``None`` for all.
         key_value_seq_lengths: int32 ``[batch|1]``, how many keys there are, or ``None`` for all.
-        residual: the mask that these do not say. They and it, joined by ``&``, are the mask that was split.
+        residual: the mask that the arguments do not say. Arguments and residual, joined by ``&``, are the mask.
+        terms: what the arguments say, as one.
+        positions: of the queries and keys.
+        batch: the number of examples that the mask and the positions tell apart.
     """
 
-    query_length: int
-    key_length: int
     is_causal: bool
     local_window_size: tuple[int, int] | None
     key_value_seq_lengths: Int[Array | np.ndarray, "batch"] | None
-    residual: Mask
+    residual: M
+    terms: Native
+    positions: Positions
+    batch: int
+
+    @property
+    def key_interval(self) -> tuple[Int[Array, "batch q"], Int[Array, "batch q"]]:
+        """The keys that the arguments leave to each query, ``[start, end)``: int32 ``[batch|1, q]`` each."""
+        b, shape = iota(self.batch, 0), (self.batch, 1, self.positions.query_length, 1)
+        q = jnp.broadcast_to(self.positions.of_queries(b, iota(shape[2], 2)), shape)
+        start, end = self.terms.keys(b, q, self.positions.key_length)
+        return start[:, 0, :, 0], end[:, 0, :, 0]
 
     def has_keys(self) -> Bool[Array, "batch q"]:
-        """Whether a query has any key to attend to, where nothing is left over: ``[batch|1, q]``."""
-        before, after = self.local_window_size or (self.query_length, 0 if self.is_causal else self.key_length)
-        query = jnp.arange(self.query_length, dtype=jnp.int32)
-        lengths = self.key_length if self.key_value_seq_lengths is None else self.key_value_seq_lengths[:, None]
-        return jnp.atleast_2d(jnp.minimum(query + after, lengths - 1) >= jnp.maximum(query - before, 0))
+        """Whether the arguments leave a query any key: ``[batch|1, q]``."""
+        start, end = self.key_interval
+        return start < end
 
 
-def split(mask: Mask, query_length: int, key_length: int, offset: Offset | None) -> Split:
-    """What of ``mask`` the arguments of a fused kernel can say. See :meth:`Mask.split`."""
-    aligned = is_at_start(offset)
-    windows: list[tuple[int | None, int | None]] = []
-    lengths: list[Any] = []
-    left_over: list[Mask] = []
-    for part in mask.masks if isinstance(mask, And) else (mask,):
-        match part:
-            case Full():
-                pass
-            case Prefix(length):
-                lengths.append(length)
-            case Causal() if query_length == 1:
-                lengths.append(1 + (0 if offset is None else offset))  # a step of decoding: the keys up to its own
-            case Causal() if aligned:
-                windows.append((None, 0))
-            case SlidingWindow(int(size)) if aligned:
-                windows.append((size - 1, 0))
-            case Window(int() | None as left, int() | None as right) if aligned:
-                windows.append((left, right))
-            case _:
-                left_over.append(part)
+def split(parts: Iterable[Any], at: Positions, batch: int, neutral: M, *, intervals: bool) -> Split[M]:
+    """Take the native terms of masks that are joined by ``&``. See :meth:`Mask.split`.
+
+    Args:
+        parts: the masks.
+        at: positions of the queries and keys.
+        batch: the number of examples.
+        neutral: the mask that is left over where nothing is.
+        intervals: whether to take everything that is an interval of keys for each query.
+    """
+    terms, residual = Native(), neutral
+    for part in parts:
+        said = part.native()
+        if said is not None and (intervals or _fits_arguments(said, at)):
+            terms = terms & said
+        else:
+            residual = residual & part
+    left, right, length = (None, None, None) if intervals else (terms.left, terms.right, terms.length)
+    if at.query_length == 1 and right is not None:
+        # For a single query, as in a step of decoding, a limit after its position is a number of keys.
+        position = at.start if at.queries is None else at.queries[..., 0]
+        length, left, right = _least(length, position + 1 + jnp.minimum(right, at.key_length)), None, None
     # No more than there are, so that no sum of positions overflows.
-    left = min((min(left, query_length) for left, _ in windows if left is not None), default=None)
-    right = min((min(right, key_length) for _, right in windows if right is not None), default=None)
-    window = query_length if left is None else left, key_length if right is None else right
+    left = None if left is None else min(left, at.query_length)
+    right = None if right is None else min(right, at.key_length)
+    window = at.query_length if left is None else left, at.key_length if right is None else right
     return Split(
-        query_length,
-        key_length,
         is_causal=right == 0,
         local_window_size=None if left is None and right in (None, 0) else window,
-        key_value_seq_lengths=_lengths(lengths, key_length),
-        residual=reduce(operator.and_, left_over, Full()),
+        key_value_seq_lengths=None if length is None else jnp.clip(jnp.reshape(length, -1), 0, at.key_length),
+        residual=residual,
+        terms=terms,
+        positions=at,
+        batch=batch,
     )
 
 
-def is_at_start(offset: Offset | None) -> bool:
-    """Whether the first query is known, now, to be at the first key."""
-    return offset is None or (isinstance(offset, int) and offset == 0)
+def _fits_arguments(terms: Native, at: Positions) -> bool:
+    """Whether static windows, relative to indices, and a number of keys say all of these terms."""
+    if terms.interval is not None:
+        return False
+    if terms.left is None and (terms.right is None or at.query_length == 1):
+        return True
+    return at.starts_at_zero and all(isinstance(side, int | None) for side in (terms.left, terms.right))
 
 
-def _lengths(lengths: list[Any], key_length: int) -> Int[Array, "batch"] | None:
-    if not lengths:
-        return None
-    return jnp.clip(
-        reduce(jnp.minimum, (jnp.asarray(length, jnp.int32).reshape(-1) for length in lengths)), 0, key_length
-    )
+def _least(one: Any, other: Any) -> Any:
+    if one is None or other is None:
+        return one if other is None else other
+    return min(one, other) if isinstance(one, int) and isinstance(other, int) else jnp.minimum(one, other)
+
+
+def _intersection(one: Interval | None, other: Interval | None) -> Interval | None:
+    if one is None or other is None:
+        return one or other
+
+    def both(b: Index, q: Index) -> tuple[Any, Any]:
+        (start, end), (other_start, other_end) = one(b, q), other(b, q)
+        return jnp.maximum(start, other_start), jnp.minimum(end, other_end)
+
+    return both

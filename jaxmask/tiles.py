@@ -3,76 +3,27 @@
 Everything here works on NumPy and on JAX arrays alike, so that a static mask is bounded at trace time.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property, partial
-from typing import TYPE_CHECKING, Any, Literal
+from functools import partial
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Int8
 
+from jaxmask import checks
+from jaxmask.description import Description
 from jaxmask.indices import Allowed, library
+from jaxmask.positions import Offset, Positions, QueryPositions
+from jaxmask.spans import Bounds, Span
 
-if TYPE_CHECKING:
-    from jaxmask.mask import Mask, Offset
+__all__ = ["EMPTY", "FULL", "PARTIAL", "Bounds", "Span", "TileMap", "from_bounds", "in_order"]
 
-# What is known of a tile: no pair may attend, some may or nothing is known, every pair may. Sorted, so that `&` of two
+# What is known of a tile: no pair may attend; some may, or nothing is known; every pair may. Sorted, so that `&` of two
 # masks is the minimum and `|` the maximum.
 EMPTY, PARTIAL, FULL = 0, 1, 2
-
-# Whether some pair of each tile may attend, and whether every pair does.
-Bounds = tuple[Allowed, Allowed]
-
-
-@dataclass(frozen=True)
-class Span:
-    """The positions along one axis, cut into tiles: queries ``[batch|1, 1, q, 1]`` or keys ``[batch|1, 1, 1, kv]``."""
-
-    indices: Int[Array | np.ndarray, "..."]
-    axis: Literal[2, 3]
-    size: int
-    # The position of index 0. Apart from the indices, which are reduced at trace time where the first is traced.
-    first: Int[Array | np.ndarray, "..."] | int = 0
-
-    def at(self, positions: Int[Array | np.ndarray, "..."]) -> "Span":
-        """The same tiles, of other positions."""
-        return Span(positions, self.axis, self.size)
-
-    @property
-    def positions(self) -> Int[Array | np.ndarray, "..."]:
-        """All of them, one by one."""
-        return self.indices + self.first
-
-    @cached_property
-    def min(self) -> Int[Array | np.ndarray, "..."]:
-        """The lowest position in each tile."""
-        return self.least(self.indices) + self.first
-
-    @cached_property
-    def max(self) -> Int[Array | np.ndarray, "..."]:
-        """The highest position in each tile."""
-        return self.most(self.indices) + self.first
-
-    def least(self, values: Any) -> Any:
-        """The minimum of each tile, over values that the positions have; of bools, whether all are true."""
-        return self._reduce("min", values)
-
-    def most(self, values: Any) -> Any:
-        """The maximum of each tile, over values that the positions have; of bools, whether any is true."""
-        return self._reduce("max", values)
-
-    def _reduce(self, name: str, values: Any) -> Any:
-        length = values.shape[self.axis]
-        if length == 1:
-            return values  # one for all
-        # The last tile may be ragged: to repeat its last value changes neither minimum nor maximum. Not by `pad`, which
-        # slices every axis, a sharded one too.
-        xp = library(values)
-        last = values[(slice(None),) * self.axis + (slice(-1, None),)]
-        values = xp.concatenate((values, xp.repeat(last, -length % self.size, self.axis)), self.axis)
-        tiled = values.reshape(*values.shape[: self.axis], -1, self.size, *values.shape[self.axis + 1 :])
-        return getattr(xp, name)(tiled, axis=self.axis + 1)
 
 
 def from_bounds(some: Allowed, every: Allowed, shape: tuple[int, int, int, int]) -> Int8[Array | np.ndarray, "..."]:
@@ -84,7 +35,7 @@ def from_bounds(some: Allowed, every: Allowed, shape: tuple[int, int, int, int])
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=("states", "mask", "offset"),
+    data_fields=("states", "mask", "offset", "query_positions"),
     meta_fields=("query_length", "key_length", "block"),
 )
 @dataclass(frozen=True, eq=False)
@@ -94,10 +45,12 @@ class TileMap:
     Args:
         states: int8 ``[batch|1, heads|1, q_tiles, kv_tiles]``: EMPTY (0), PARTIAL (1) or FULL (2). NumPy where the mask
             is static, else JAX.
-        mask: whose pairs are ``mask.allows(b, h, offset + i, j)``, for query ``i`` and key ``j``.
+        mask: the mask whose tiles these are, as a function of the positions of queries and the indices of keys: where
+            :meth:`Mask.tiles` was given the positions of keys, they are part of it.
         offset: the position of the first query.
         query_length, key_length: static; the last tile of either may be ragged.
         block: number of queries and keys in a tile, static.
+        query_positions: the position of each query, where ``offset`` does not say it.
 
     >>> from jaxmask import Causal
     >>> tiles = Causal().tiles(6, 6, block=4)
@@ -109,11 +62,26 @@ class TileMap:
     """
 
     states: Int8[Array | np.ndarray, "batch heads q_tiles kv_tiles"]
-    mask: "Mask"
-    offset: "Offset"
-    query_length: int
-    key_length: int
+    mask: Description
+    offset: Offset
+    query_length: checks.Length
+    key_length: checks.Length
     block: tuple[int, int]
+    query_positions: QueryPositions | None = None
+
+    # The pictures of tiles, which the package that draws gives to this class.
+    show: ClassVar[Callable[..., None]]
+    _repr_html_: ClassVar[Callable[..., str]]
+
+    @classmethod
+    def of(cls, states: Any, mask: Description, at: Positions, block: tuple[int, int]) -> "TileMap":
+        """The tiles of a mask as a function of the indices of keys."""
+        return cls(states, mask, at.start, at.query_length, at.key_length, block, at.queries)
+
+    @property
+    def positions(self) -> Positions:
+        """Where the queries are, and how many keys there are."""
+        return Positions(self.query_length, self.key_length, self.offset, self.query_positions, None, is_aligned=True)
 
     @property
     def counts(self) -> Int[Array | np.ndarray, "3"]:
@@ -145,17 +113,6 @@ class TileMap:
     def q_indices(self) -> Int[Array | np.ndarray, "batch heads kv_tiles q_tiles"]:
         """For each tile of keys, the tiles of queries: those that are not EMPTY first, each part in order."""
         return in_order((self.states == EMPTY).swapaxes(2, 3))
-
-    def show(self) -> None:
-        """Print the states in the terminal, a character for each tile."""
-        from jaxmask import draw
-
-        draw.show_tiles(self)
-
-    def _repr_html_(self) -> str:
-        from jaxmask import draw
-
-        return draw.html_tiles(self)
 
 
 def in_order(last: Any) -> Any:

@@ -18,7 +18,7 @@ import jax
 import numpy as np
 
 from jaxmask import checks
-from jaxmask.mask import KeyPositions, Mask, Offset, checked, refuse_no_mask
+from jaxmask.mask import KeyPositions, Mask, Offset, placed, refuse_no_mask
 from jaxmask.tiles import EMPTY, FULL, PARTIAL, TileMap
 
 if TYPE_CHECKING:
@@ -222,8 +222,14 @@ class _Reading:
             refuse_no_mask(mask, "mask must be a Mask")
         _refuse_traced(mask=mask, offset=offset, key_positions=key_positions)
         key_length = query_length if key_length is None else key_length
-        read = checked(mask, query_length, key_length, offset, key_positions)
-        return cls(*read, None if key_positions is None else np.atleast_2d(np.asarray(key_positions)))
+        read, at = placed(mask, query_length, key_length, offset, None, key_positions)
+        return cls(
+            read,
+            query_length,
+            key_length,
+            at.start,
+            None if key_positions is None else np.atleast_2d(np.asarray(key_positions)),
+        )
 
     @classmethod
     def of_tiles(cls, tiles: TileMap) -> Self:
@@ -680,3 +686,8 @@ def _cells(runs: list[tuple[int, int, int]], state: int) -> str:
     colour, opacity = (("currentColor", 0.12), ("#4a86dd", 0.5), ("#4a86dd", 1))[state]
     stroke = f'stroke="{colour}" stroke-opacity="{opacity}" stroke-width="0.92" stroke-dasharray="0.92 0.08"'
     return f'<path d="{path}" {stroke}/>'
+
+
+Mask._repr_html_ = html
+TileMap._repr_html_ = html_tiles
+TileMap.show = show_tiles

@@ -23,7 +23,8 @@ from jaxmask.indices import iota
 from jaxmask.kernels import scores
 from jaxmask.kernels.call import Bias, Call, checked_call
 from jaxmask.kernels.key_ranges import Strips, strips_of
-from jaxmask.mask import KeyPositions, Mask, Offset
+from jaxmask.mask import Mask
+from jaxmask.positions import KeyPositions, Offset, QueryPositions
 
 
 class _Place(NamedTuple):
@@ -279,6 +280,7 @@ def attention(
     sinks: Float[Array | np.ndarray, "heads"] | None = None,
     scale: float | None = None,
     offset: Offset | None = None,
+    query_positions: QueryPositions | None = None,
     key_positions: KeyPositions | None = None,
     logits_soft_cap: float | None = None,
     block: int | tuple[int, int] | None = None,
@@ -287,7 +289,8 @@ def attention(
     """Attention in time O(tiles that are not EMPTY) and memory O(length), with gradients.
 
     Args:
-        query, key, value, mask, bias, scale, offset, key_positions, logits_soft_cap: as in :func:`jaxmask.attention`.
+        query, key, value, mask, bias, scale, offset, query_positions, key_positions, logits_soft_cap: as in
+            :func:`jaxmask.attention`.
         sinks: a logit for each head that takes part in softmax beside those of the keys, and has no value: the
             attention sinks of gpt-oss (``modeling_gpt_oss.eager_attention_forward`` in Transformers).
         block: how many queries are in a tile, and how many keys in a strip, or one number for both; static. The default
@@ -307,7 +310,7 @@ def attention(
     >>> print(out.shape, jnp.exp(lse)[0, :, 0])
     (1, 4, 2, 8) [1. 2. 3. 4.]
     """
-    call = checked_call(query, key, value, mask, bias, scale, offset, key_positions, logits_soft_cap)
+    call = checked_call(query, key, value, mask, bias, scale, offset, query_positions, key_positions, logits_soft_cap)
     if sinks is not None and checks.array("sinks", sinks, "f").shape != (query.shape[2],):
         raise ValueError(
             f"sinks must have one logit for each of the {query.shape[2]} heads, got {checks.describe(sinks)}"
@@ -328,7 +331,6 @@ def _attention(call: Call, sinks: Any, block: tuple[int, int] | None) -> Any:
     (batch, query_length, heads, _), kv_heads = query.shape, key.shape[2]
     group = heads // kv_heads
     strips, queries, keys = strips_of(call, block)
-    mask, first = call.read()
     many = strips.count.shape[2] > 1
     # On a CPU, the scores of one example at a time stay in the cache.
     apart = strips.count.shape[0] > 1 or (query_length > 1 and call.platform == "cpu")
@@ -341,13 +343,13 @@ def _attention(call: Call, sinks: Any, block: tuple[int, int] | None) -> Any:
         b = example + iota(examples, 0) if apart else iota(batch, 0)
         h = kv_head * group + iota(group, 1) if lists[1] > 1 else iota(heads, 1)
         # Of rows that only fill a tile, the last query: a bias may have nothing to say beyond it.
-        q = indices.by_example(first, b) + jnp.minimum(query + iota(queries, 2), query_length - 1)
+        q = call.positions.of_queries(b, jnp.minimum(query + iota(queries, 2), query_length - 1))
         kv = key + iota(keys, 3)
         if callable(bias):
-            part = bias(b, h, q, indices.key_position(call.key_positions, b, kv))
+            part = bias(b, h, q, call.positions.of_keys(b, kv))
         allowed = None
         if must_decide:
-            allowed = mask.allows(b, h, q, kv)
+            allowed = call.mask.allows(b, h, q, kv)
             if strips.first.shape[-1] > 1:
                 allowed = allowed & (kv >= first_key)  # the last strip may overlap with the one before
         return scores.finish(products, call.logits_soft_cap, part, allowed).astype(products.dtype)

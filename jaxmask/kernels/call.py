@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -13,8 +13,11 @@ from jaxtyping import Array, Float
 
 from jaxmask import checks, indices
 from jaxmask.indices import Index
-from jaxmask.mask import Full, KeyPositions, Mask, Offset, checked, refuse_no_mask
-from jaxmask.native import Split, is_at_start
+from jaxmask.mask import Full, Mask, placed, refuse_no_mask
+from jaxmask.native import Split
+from jaxmask.positions import KeyPositions, Offset, Positions, QueryPositions
+from jaxmask.reading import states
+from jaxmask.tiles import TileMap
 
 # An array that broadcasts to [batch, heads, q, kv], or a function of positions, to be evaluated where it is needed.
 Bias = Float[Array | np.ndarray, "..."] | Callable[[Index, Index, Index, Index], Float[Array, "..."]]
@@ -22,38 +25,39 @@ Bias = Float[Array | np.ndarray, "..."] | Callable[[Index, Index, Index, Index],
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=("query", "key", "value", "mask", "bias", "offset", "key_positions"),
+    data_fields=("query", "key", "value", "mask", "bias", "positions"),
     meta_fields=("scale", "logits_soft_cap"),
 )
 @dataclass(frozen=True, eq=False)
 class Call:
-    """The arguments of :func:`jaxmask.attention`. The scale is known, and a function that is the bias is a pytree."""
+    """The arguments of :func:`jaxmask.attention`, checked. A pytree.
+
+    Args:
+        query, key, value: the arrays.
+        mask: a function of the positions of queries and the indices of keys.
+        bias: an array of rank 4, or a function that is a pytree.
+        positions: of queries and keys. Position 0 of the first query is static, so that the tiles of a static mask are
+            found at trace time.
+        scale, logits_soft_cap: of the scores.
+    """
 
     query: Any
     key: Any
     value: Any
     mask: Mask
     bias: Bias | None
-    # None where the first query is at position 0: static, so that the tiles of a static mask are found at trace time.
-    offset: Offset | None
-    key_positions: KeyPositions | None
+    positions: Positions
     scale: float
     logits_soft_cap: float | None
 
-    def read(self) -> tuple[Mask, Offset]:
-        """The mask of the indices of keys, and the position of the first query."""
-        lengths = self.query.shape[1], self.key.shape[1]
-        mask, _, _, offset = checked(self.mask, *lengths, self.position, self.key_positions)
-        return mask, offset
-
-    def split(self) -> Split:
+    def split(self) -> Split[Mask]:
         """What of the mask a kernel can take in its own arguments."""
-        return self.mask.split(self.query.shape[1], self.key.shape[1], offset=self.position)
+        return self.mask.split_at(self.positions)
 
-    @property
-    def position(self) -> Offset:
-        """The position of the first query."""
-        return 0 if self.offset is None else self.offset
+    def tiles(self, block: tuple[int, int]) -> TileMap:
+        """The tiles of the mask, for the examples and heads of the arrays."""
+        sizes = self.query.shape[0], self.query.shape[2]
+        return TileMap.of(states(self.mask, self.positions, block, sizes), self.mask, self.positions, block)
 
     @property
     def platform(self) -> str:
@@ -69,6 +73,7 @@ def checked_call(
     bias: Any,
     scale: float | None,
     offset: Offset | None,
+    query_positions: QueryPositions | None,
     key_positions: KeyPositions | None,
     logits_soft_cap: float | None,
 ) -> Call:
@@ -100,12 +105,13 @@ def checked_call(
     if mask is not None and not isinstance(mask, Mask):
         refuse_no_mask(mask, expected="mask must be a jaxmask.Mask")
     mask = Full() if mask is None else mask
-    positions = () if key_positions is None else np.shape(key_positions)
+    mask, at = placed(mask, query_length, key_length, offset, query_positions, key_positions)
+    if at.starts_at_zero:
+        at = replace(at, first=None)
     for name, what, size, given in (
         ("batch", "mask", batch, mask.shape[0]),
         ("heads", "mask", heads, mask.shape[1]),
-        ("batch", "offset", batch, 1 if offset is None else np.size(offset)),
-        ("batch", "key_positions", batch, positions[0] if len(positions) == 2 else 1),
+        *(("batch", what, batch, given) for what, given in at.batches.items()),
     ):
         if given not in (1, size):
             raise ValueError(f"{what} is for {given} {name}, but the arrays have {size}: {shapes}")
@@ -121,15 +127,13 @@ def checked_call(
                 f"{checks.describe(bias)}"
             )
         bias = indices.as_4d(bias)
-    checked(mask, query_length, key_length, offset, key_positions)
     return Call(
         query=query,
         key=key,
         value=value,
         mask=mask,
         bias=_as_pytree(bias) if callable(bias) else bias,
-        offset=None if is_at_start(offset) else offset,
-        key_positions=key_positions,
+        positions=at,
         scale=factor,
         logits_soft_cap=logits_soft_cap,
     )

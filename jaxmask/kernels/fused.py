@@ -78,7 +78,8 @@ def splash_lacks(call: Call) -> list[str]:
     """What keeps splash attention from doing this call. It says itself what it lacks of a mask."""
     limits = {
         "it takes no bias": call.bias is not None,
-        "it takes no key_positions": call.key_positions is not None,
+        "it takes no key_positions": call.positions.keys is not None,
+        "it takes no query_positions": call.positions.queries is not None,
         f"the dim of the values must be that of the keys, not {call.value.shape[3]} and {call.query.shape[3]}": (
             call.value.shape[3] != call.query.shape[3]
         ),
@@ -95,7 +96,7 @@ def splash(call: Call) -> Any:
             call.mask,
             call.query.shape[1],
             call.key.shape[1],
-            offset=call.position,
+            offset=call.positions.start,
             attn_logits_soft_cap=call.logits_soft_cap,
             interpret=interpret,
         )
@@ -124,7 +125,7 @@ def _not_native(call: Call) -> list[str]:
     limits = {
         f"its arguments do not say {residual!r}": not isinstance(residual, Full),
         "it takes no bias that is a function": callable(call.bias),
-        "it takes no key_positions": call.key_positions is not None,
+        "it takes no key_positions": call.positions.keys is not None,
     }
     return _that_hold(limits)
 

@@ -80,9 +80,8 @@ def strips_of(call: Call, block: tuple[int, int] | None = None) -> tuple[Strips,
 
 def _states(call: Call, block: tuple[int, int]) -> Any:
     """The states of the tiles, ``[batch|1, kv_heads|1, q_tiles, kv_tiles]``."""
-    (_, query_length, _, _), (_, key_length, kv_heads, _) = call.query.shape, call.key.shape
-    where: Any = {"offset": call.position, "key_positions": call.key_positions}
-    states = call.mask.tiles(query_length, key_length, block=block, **where).states
+    query_length, kv_heads = call.query.shape[1], call.key.shape[2]
+    states = call.tiles(block).states
     if states.shape[1] > 1:
         states = _union(states.reshape(states.shape[0], kv_heads, -1, *states.shape[2:]), 2)
     if query_length == 1:  # a step of decoding, best done for all examples at once

@@ -5,7 +5,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxmask import indices
 from jaxmask.indices import iota
 from jaxmask.kernels import scores
 from jaxmask.kernels.call import Call
@@ -15,15 +14,14 @@ from jaxmask.kernels.call import Call
 def attention(call: Call) -> Any:
     """Softmax of the scores, in at least float32. A row with nothing to attend to is zero, and has zero gradients."""
     (batch, query_length, heads, _), (_, key_length, kv_heads, _) = call.query.shape, call.key.shape
-    mask, offset = call.read()
     b, h, kv = iota(batch, 0), iota(heads, 1), iota(key_length, 3)
-    q = indices.by_example(offset, b) + iota(query_length, 2)
+    q = call.positions.of_queries(b, iota(query_length, 2))
     precise = jnp.promote_types(call.query.dtype, jnp.float32)
     query = call.query.reshape(batch, query_length, kv_heads, -1, call.query.shape[3])
     products = jnp.einsum("bqngd,bknd->bngqk", query, call.key, preferred_element_type=precise) * call.scale
     products = products.reshape(batch, heads, query_length, key_length)
-    bias = call.bias(b, h, q, indices.key_position(call.key_positions, b, kv)) if callable(call.bias) else call.bias
-    found = scores.finish(products, call.logits_soft_cap, bias, mask.allows(b, h, q, kv))
+    bias = call.bias(b, h, q, call.positions.of_keys(b, kv)) if callable(call.bias) else call.bias
+    found = scores.finish(products, call.logits_soft_cap, bias, call.mask.allows(b, h, q, kv))
     highest = jnp.maximum(jax.lax.stop_gradient(found).max(-1, keepdims=True), scores.LOWEST)
     weights = jnp.exp(found - highest)
     total = weights.sum(-1, keepdims=True)

@@ -23,10 +23,12 @@ import numpy as np
 from jaxtyping import Array, Bool, Int, Shaped
 
 from jaxmask import checks
-from jaxmask.indices import Allowed, Index, as_4d, by_example, inside, library, lookup
-from jaxmask.mask import KeyPositions, Mask, Offset, Scalar
-from jaxmask.masks import Causal, Chunked, Padding, Prefix, Segments, SlidingWindow, Window
-from jaxmask.tiles import Bounds, Span
+from jaxmask.description import is_beyond
+from jaxmask.indices import Allowed, Index, by_example, common, inside, library, lookup
+from jaxmask.mask import Mask
+from jaxmask.masks import Causal, Chunked, Padding, Prefix, Segments, SlidingWindow, Window, refuse_other_keys
+from jaxmask.positions import LIMIT, Extent, Scalar, clipped
+from jaxmask.spans import Bounds, Span
 
 
 class Axis(Mask):
@@ -57,15 +59,24 @@ class Axis(Mask):
     stride: Scalar = 1
     start: Scalar = 0
 
+    shape_is_complete = True
+
     def __post_init__(self) -> None:
         _check_positional("Axis", self.mask)
-        checks.scalar("size", self.size, minimum=1)
-        checks.scalar("stride", self.stride, minimum=1)
-        checks.scalar("start", self.start, minimum=-checks.INT32_MAX)
+        self._set(
+            size=checks.scalar("size", self.size, minimum=1),
+            stride=checks.scalar("stride", self.stride, minimum=1),
+            start=checks.scalar("start", self.start, -LIMIT, LIMIT),
+        )
 
     @property
     def shape(self) -> tuple[int, int, int]:
         return self.mask.shape
+
+    def check(self, extent: Extent) -> None:
+        super().check(extent)
+        coordinates = None if checks.is_array(self.size) else (0, self.size - 1)
+        self.mask.check(extent._replace(queries=coordinates, keys=coordinates, key_length=None, is_aligned=True))
 
     def allows(self, b: Index, h: Index, q: Index, kv: Index) -> Allowed:
         return self.mask.allows(b, h, self._coordinate(q), self._coordinate(kv))
@@ -74,7 +85,7 @@ class Axis(Mask):
         return self.mask.tile_bounds(b, h, q.at(self._coordinate(q.positions)), kv.at(self._coordinate(kv.positions)))
 
     def _coordinate(self, position: Any) -> Any:
-        return (position - self.start) // self.stride % self.size
+        return (position - clipped(self.start)) // self.stride % self.size
 
 
 class Reordered(Mask):
@@ -100,28 +111,41 @@ class Reordered(Mask):
     mask: Mask
     positions: Int[Array | np.ndarray, "batch length"]
 
+    shape_is_complete = True
+
     def __post_init__(self) -> None:
         _check_positional("Reordered", self.mask)
-        checks.fits_int32("positions", checks.array("positions", self.positions, "i", 2))
+        # As int32, for in fewer bits a difference of positions could overflow.
+        positions = checks.array("positions", self.positions, "i", 2)
+        self._set(positions=checks.int32("positions", positions, -LIMIT, LIMIT))
 
     @property
     def shape(self) -> tuple[int, int, int]:
         batch, heads, _ = self.mask.shape
-        return self.positions.shape[0] if batch == 1 else batch, heads, 1
+        return common(batch, self.positions.shape[0]), heads, 1
+
+    def check(self, extent: Extent) -> None:
+        super().check(extent)
+        for name, known in (("queries", extent.queries), ("keys", extent.keys)):
+            if is_beyond(known, self.positions.shape[1]):
+                raise ValueError(
+                    f"{self!r} has {self.positions.shape[1]} positions, but {name} up to {known and known[1]} were "
+                    "asked for"
+                )
+        self.mask.check(extent._replace(queries=None, keys=None, key_length=None, is_aligned=True))
 
     def allows(self, b: Index, h: Index, q: Index, kv: Index) -> Allowed:
-        (queries, q_given), (keys, kv_given) = self._look_up(b, q=q), self._look_up(b, kv=kv)
-        return self.mask.allows(b, h, queries, keys) & q_given & kv_given
+        moved = self.mask.allows(b, h, lookup(self.positions, b=b, q=q), lookup(self.positions, b=b, kv=kv))
+        return moved & self._has(q) & self._has(kv)
 
     def tile_bounds(self, b: Index, h: Index, q: Span, kv: Span) -> Bounds:
-        (queries, q_given), (keys, kv_given) = self._look_up(b, q=q.positions), self._look_up(b, kv=kv.positions)
+        queries, keys = lookup(self.positions, b=b, q=q.positions), lookup(self.positions, b=b, kv=kv.positions)
         some, every = self.mask.tile_bounds(b, h, q.at(queries), kv.at(keys))
-        return some & q.most(q_given) & kv.most(kv_given), every & q.least(q_given) & kv.least(kv_given)
+        has_query, has_key = self._has(q.positions), self._has(kv.positions)
+        return some & q.most(has_query) & kv.most(has_key), every & q.least(has_query) & kv.least(has_key)
 
-    def _look_up(self, b: Index, **position: Index) -> tuple[Any, Any]:
-        (index,) = position.values()
-        # In fewer bits, a difference of positions could overflow.
-        return lookup(self.positions, b=b, **position).astype(np.int32), inside(index, self.positions.shape[1])
+    def _has(self, position: Index) -> Allowed:
+        return inside(position, self.positions.shape[1])
 
 
 class Transposed(Mask):
@@ -142,6 +166,8 @@ class Transposed(Mask):
 
     mask: Mask
 
+    shape_is_complete = True
+
     def __post_init__(self) -> None:
         _check_mask("Transposed", self.mask)
 
@@ -150,13 +176,9 @@ class Transposed(Mask):
         batch, heads, _ = self.mask.shape
         return batch, heads, 1
 
-    def check_lengths(self, query_length: int, key_length: int, offset: Offset | None) -> None:
-        super().check_lengths(query_length, key_length, offset)
-        given, last = self.mask.shape[2], query_length if offset is None else offset + query_length
-        if given != 1 and not checks.is_array(offset) and last > given:
-            raise ValueError(
-                f"{self!r} describes {given} positions of queries, but queries up to position {last - 1} were asked for"
-            )
+    def check(self, extent: Extent) -> None:
+        super().check(extent)
+        self.mask.check(extent._replace(queries=extent.keys, keys=extent.queries, key_length=None, is_aligned=True))
 
     def allows(self, b: Index, h: Index, q: Index, kv: Index) -> Allowed:
         return self.mask.allows(b, h, kv, q)
@@ -191,25 +213,29 @@ class Blocks(Mask):
     size: Scalar
     start: Scalar | Int[Array | np.ndarray, "batch"] = 0
 
+    shape_is_complete = True
+
     def __post_init__(self) -> None:
         checks.array("allowed", self.allowed, "b", 2, 4)
-        checks.scalar("size", self.size, minimum=1)
-        checks.scalar("start", self.start, minimum=-checks.INT32_MAX, ranks=(0, 1))
+        self._set(
+            size=checks.scalar("size", self.size, minimum=1),
+            start=checks.scalar("start", self.start, -LIMIT, LIMIT, ranks=(0, 1)),
+        )
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        batch, heads, *_ = as_4d(self.allowed).shape
-        return np.size(self.start) if batch == 1 else batch, heads, 1
+        batch, heads, *_ = (1, 1, *self.allowed.shape)[-4:]
+        return common(batch, np.size(self.start)), heads, 1
 
     def allows(self, b: Index, h: Index, q: Index, kv: Index) -> Allowed:
         q, kv = self._block(b, q), self._block(b, kv)
         q_blocks, kv_blocks = self.allowed.shape[-2:]
-        return lookup(as_4d(self.allowed), b=b, h=h, q=q, kv=kv) & inside(q, q_blocks) & inside(kv, kv_blocks)
+        return lookup(self.allowed, b=b, h=h, q=q, kv=kv) & inside(q, q_blocks) & inside(kv, kv_blocks)
 
     def tile_bounds(self, b: Index, h: Index, q: Span, kv: Span) -> Bounds:
         # A tile is a rectangle of the table, and the sums over all that is above and to the left of its four corners
         # say how many of its blocks are allowed.
-        sums = as_4d(self.allowed).cumsum(2).cumsum(3)
+        sums = self.allowed.cumsum(-2).cumsum(-1)
 
         def above_left(q: Any, kv: Any) -> Any:
             return lookup(sums, b=b, h=h, q=q - 1, kv=kv - 1) * ((q > 0) & (kv > 0))
@@ -220,7 +246,7 @@ class Blocks(Mask):
         return found > 0, found == (bottom - top) * (right - left)
 
     def _block(self, b: Index, position: Any) -> Any:
-        return (position - by_example(self.start, b)) // self.size
+        return (position - by_example(clipped(self.start), b)) // self.size
 
 
 class Between(Mask):
@@ -245,9 +271,12 @@ class Between(Mask):
     start: Int[Array | np.ndarray, "batch kv"]
     end: Int[Array | np.ndarray, "batch kv"]
 
+    keys_by_index, shape_is_complete = True, True
+
     def __post_init__(self) -> None:
         for name in ("start", "end"):
-            checks.fits_int32(name, checks.array(name, getattr(self, name), "i", 2))
+            ends = checks.array(name, getattr(self, name), "i", 2)
+            self._set(**{name: checks.int32(name, ends, -checks.INT32_MAX)})
         if self.start.shape != self.end.shape:
             raise ValueError(
                 f"start and end must have the same shape, got {checks.describe(self.start)} and "
@@ -258,21 +287,20 @@ class Between(Mask):
     def shape(self) -> tuple[int, int, int]:
         return self.start.shape[0], 1, self.start.shape[1]
 
-    def at_keys(self, key_positions: KeyPositions) -> Mask:
-        return self
-
-    def check_lengths(self, query_length: int, key_length: int, offset: Offset | None) -> None:
-        if self.start.shape[1] != key_length:
-            raise ValueError(f"key_length is {key_length}, but {self!r} describes {self.start.shape[1]} keys")
-        super().check_lengths(query_length, key_length, offset)
+    def check(self, extent: Extent) -> None:
+        refuse_other_keys(self, "start", self.start, extent)
+        super().check(extent)
 
     def allows(self, b: Index, h: Index, q: Index, kv: Index) -> Allowed:
-        return (lookup(self.start, b=b, kv=kv) <= q) & (q < lookup(self.end, b=b, kv=kv))
+        served = (lookup(self.start, b=b, kv=kv) <= q) & (q < lookup(self.end, b=b, kv=kv))
+        return served & inside(kv, self.start.shape[1])
 
     def tile_bounds(self, b: Index, h: Index, q: Span, kv: Span) -> Bounds:
         start, end = lookup(self.start, b=b, kv=kv.positions), lookup(self.end, b=b, kv=kv.positions)
+        has_key = inside(kv.positions, self.start.shape[1])
         some = (kv.least(start) <= q.max) & (q.min < kv.most(end))
-        return some, (kv.most(start) <= q.min) & (q.max < kv.least(end))
+        every = (kv.most(start) <= q.min) & (q.max < kv.least(end))
+        return some & kv.most(has_key), every & kv.least(has_key)
 
 
 def prefix_lm(prefix_length: Scalar | Int[Array | np.ndarray, "batch"]) -> Mask:

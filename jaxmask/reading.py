@@ -1,0 +1,110 @@
+"""A description read at given positions: as booleans, as an additive bias, as the states of tiles.
+
+Each reading evaluates what a mask says, of pairs or of tiles, on index arrays for every example, head, query and key.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float
+
+from jaxmask import bias as biases
+from jaxmask import checks
+from jaxmask.description import Description
+from jaxmask.indices import Allowed, common, iota, is_static
+from jaxmask.positions import Positions
+from jaxmask.spans import Bounds, Span
+from jaxmask.tiles import from_bounds
+
+# The numbers of examples and heads, as far as the caller tells them.
+Sizes = tuple[int | None, int | None]
+
+
+# The offset is traced even where it is a Python int, so that decoding step by step compiles once.
+@partial(jax.jit, static_argnames="sizes")
+def dense(mask: Description, at: Positions, sizes: Sizes) -> Bool[Array, "batch heads q kv"]:
+    """``True`` where a query may attend to a key. See :meth:`jaxmask.Mask.dense`."""
+
+    def allows(b: Any, h: Any) -> tuple[Allowed]:
+        q, kv = at.of_queries(b, iota(at.query_length, 2)), iota(at.key_length, 3)
+        return (_as_bool(mask, mask.allows(b, h, q, kv)),)
+
+    (allowed,), batch, heads = _read(mask, at, sizes, allows)
+    return jnp.broadcast_to(allowed, (batch, heads, at.query_length, at.key_length))
+
+
+@partial(jax.jit, static_argnames=("dtype", "sizes"))
+def bias(mask: Description, at: Positions, dtype: np.dtype[Any], sizes: Sizes) -> Float[Array, "batch heads q kv"]:
+    """``0`` where a query may attend to a key, else ``finfo(dtype).min``. See :meth:`jaxmask.Mask.bias`."""
+    return biases.from_allowed(dense(mask, at, sizes), dtype)
+
+
+def states(mask: Description, at: Positions, block: tuple[int, int], sizes: Sizes) -> Any:
+    """EMPTY, PARTIAL or FULL for each tile, in NumPy where nothing is a JAX array. See :meth:`jaxmask.Mask.tiles`."""
+    return (_states if is_static(mask, at) else _traced_states)(mask, at, block, sizes)
+
+
+def _states(mask: Description, at: Positions, block: tuple[int, int], sizes: Sizes) -> Any:
+    def bounds(b: Any, h: Any) -> Bounds:
+        q = at.query_span(b, iota(at.query_length, 2), block[0])
+        return mask.tile_bounds(b, h, q, Span(iota(at.key_length, 3), 3, block[1]))
+
+    (some, every), batch, heads = _read(mask, at, sizes, bounds)
+    return from_bounds(some, every, (batch, heads, -(-at.query_length // block[0]), -(-at.key_length // block[1])))
+
+
+_traced_states = jax.jit(_states, static_argnums=(2, 3))
+
+
+def _read(
+    mask: Description, at: Positions, sizes: Sizes, look: Callable[[Any, Any], tuple[Allowed, ...]]
+) -> tuple[tuple[Allowed, ...], int, int]:
+    """What ``look(b, h)`` says of all examples and heads, and how many of them it tells apart."""
+    batch, heads, _ = mask.shape
+    for name, size in at.batches.items():
+        if size != 1 and batch not in (1, size):
+            raise ValueError(f"{name} is for a batch of {size}, but {mask!r} for one of {batch}")
+    batch = at.batch if batch == 1 else batch
+    for name, told, size in (("batch", sizes[0], batch), ("heads", sizes[1], heads)):
+        if told is not None and size not in (1, told):
+            raise ValueError(f"{name} is {told}, but {mask!r} is for {size}")
+    unknown = [axis for axis, size in enumerate((batch, heads)) if size == 1 and sizes[axis] is None]
+    # An array tells the size of the batch, be it 1. An axis of one head tells nothing: arrays have it to fit any.
+    if 0 in unknown and any(np.ndim(array) > 0 for array in jax.tree.leaves((mask, at))):
+        unknown.remove(0)
+    if unknown and not all(part.shape_is_complete for part in mask.parts()) and _depends_on(mask, unknown):
+        names = " or ".join(name for axis, name in enumerate(("batch", "heads")) if _depends_on(mask, [axis]))
+        raise ValueError(
+            f"{mask!r} looks at its index of {names}, but nothing says how many there are: give {names}= to the mask "
+            "or where it is read, or combine it with a mask that has the size"
+        )
+    found = look(iota(sizes[0] or batch, 0), iota(sizes[1] or heads, 1))
+    shapes = [np.shape(part) for part in found if np.ndim(part) == 4]
+    return found, common(batch, *(shape[0] for shape in shapes)), common(heads, *(shape[1] for shape in shapes))
+
+
+def _depends_on(mask: Description, axes: list[int]) -> bool:
+    """Whether ``allows`` depends on an index along these axes: whether a batch of indices makes a batch of answers."""
+    zero = np.zeros((1, 1, 1, 1), np.int32)
+
+    def allows(*indices: Any) -> Any:
+        where = [indices[axes.index(axis)] if axis in axes else zero for axis in range(4)]
+        return jnp.asarray(mask.allows(*where))
+
+    mapped = [jax.ShapeDtypeStruct((1, *zero.shape), np.int32)] * len(axes)
+    try:
+        jax.eval_shape(jax.vmap(allows, out_axes=None), *mapped)
+    except ValueError:
+        jax.eval_shape(allows, *[zero] * len(axes))  # an error of the mask itself is raised as it is
+        return True
+    return False
+
+
+def _as_bool(mask: Description, allowed: Any) -> Allowed:
+    if not isinstance(allowed, bool) and allowed.dtype != np.bool_:
+        raise TypeError(f"allows of {mask!r} must return bool, got {checks.describe(allowed)}")
+    return allowed
