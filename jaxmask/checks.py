@@ -30,9 +30,14 @@ def integer(name: str, value: object, minimum: int, maximum: int = INT32_MAX) ->
         hint = "; it is static, so that its value must be known while tracing" if is_traced(value) else ""
         raise TypeError(f"{name} must be a Python int, got {describe(value)}{hint}") from None
     if not minimum <= number <= maximum:
-        limit = "fit an int32" if maximum == INT32_MAX else f"at most {maximum}"
-        raise ValueError(f"{name} must be at least {minimum} and {limit}, got {number}")
+        raise ValueError(f"{name} must be at least {minimum} and {_limit(maximum)}, got {number}")
     return number
+
+
+def _limit(maximum: int) -> str:
+    return (
+        "fit an int32" if maximum == INT32_MAX else f"at most {maximum}, for differences of positions to fit an int32"
+    )
 
 
 def scalar(name: str, value: Any, minimum: int, maximum: int = INT32_MAX, ranks: tuple[int, ...] = (0,)) -> Any:
@@ -46,9 +51,8 @@ def int32(name: str, value: Any, minimum: int, maximum: int = INT32_MAX) -> Any:
     """An array of integers as int32: beyond the limits refused in NumPy, and clipped to an int32 where traced."""
     if isinstance(value, np.ndarray):
         if value.size and not minimum <= value.min() <= value.max() <= maximum:
-            limit = "fit an int32" if maximum == INT32_MAX else f"at most {maximum}"
             raise ValueError(
-                f"{name} must be at least {minimum} and {limit}, got {describe(value)} from {value.min()} to "
+                f"{name} must be at least {minimum} and {_limit(maximum)}, got {describe(value)} from {value.min()} to "
                 f"{value.max()}"
             )
     elif isinstance(value, jax.Array) and jnp.iinfo(value.dtype).max > INT32_MAX:

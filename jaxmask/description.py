@@ -5,7 +5,7 @@ Here is what every mask says of itself, and how its fields become a pytree. How 
 """
 
 import operator
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import Field, dataclass, fields
 from typing import Any, ClassVar, Self, dataclass_transform
 
@@ -132,16 +132,17 @@ class Description:
                     f"would inherit its tiles and its arguments of kernels, whatever it allows itself; combine "
                     f"{base.__name__} with another mask by &, | and ~, or subclass Mask"
                 )
-        check = vars(cls).get("__post_init__", lambda self: None)
-        cls.__post_init__ = lambda self: self._convert_fields(check)
+        if "__post_init__" in vars(cls):
+            cls._check_fields = cls.__post_init__
+            cls.__post_init__ = Description.__post_init__
         dataclass(frozen=True, eq=False, repr=False)(cls)
         jax.tree_util.register_pytree_with_keys(cls, cls._flatten_with_keys, cls._unflatten, cls._flatten)
 
-    def _convert_fields(self, check: Callable[[Self], None]) -> None:
-        """Make fields what they are said to be: first the integers, then what the class itself checks."""
+    def __post_init__(self) -> None:
+        # What a class says in its own `__post_init__` is called from here, when its integers are those of Python.
         names = [field.name for field in self._fields()]
         self._set(**{name: checks.as_static(getattr(self, name)) for name in names})
-        check(self)
+        self._check_fields()
         for name in names:
             value = getattr(self, name)
             masks = value if isinstance(value, tuple) else (value,)
@@ -152,6 +153,9 @@ class Description:
                     f"{name} of {type(self).__name__} must be an int, None, a function, a mask, a tuple of masks or an "
                     f"array, got {checks.describe(value)}"
                 )
+
+    def _check_fields(self) -> None:
+        """What a class checks of its fields, as its ``__post_init__``."""
 
     @classmethod
     def _fields(cls) -> "tuple[Field[Any], ...]":

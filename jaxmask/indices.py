@@ -149,7 +149,7 @@ def lookup(array: Any, **indices: Index) -> Any:
         if np.shape(index) == along(axis, np.size(index)):
             return array.take(index.reshape(-1), axis, mode="clip")
     # The axes that are not gathered have their own index, which runs along them.
-    at = [gathered.get(axis, iota(size, axis) if size > 1 else 0) for axis, size in enumerate(array.shape)]
+    at = [gathered.get(axis, 0 if size == 1 else iota(size, axis)) for axis, size in enumerate(array.shape)]
     if isinstance(array, np.ndarray):
         return array[tuple(np.clip(index, 0, size - 1) for size, index in zip(array.shape, at, strict=True))]
     return array.at[tuple(at)].get(mode="clip")

@@ -332,8 +332,8 @@ class Segments(Mask):
         if extent.queries is not None and is_beyond(extent.queries, count, self.offset):
             raise ValueError(
                 f"query_ids of Segments describes the queries at {self.offset} to {self.offset + count - 1}, but "
-                f"those at {extent.queries[0]} to {extent.queries[1]} were asked for: where these are the ids of just "
-                "these queries, say Segments(query_ids, key_ids, offset=<position of the first>)"
+                f"{extent.query_length} queries from {extent.queries[0]} on were asked for: where these are the ids of "
+                "just these queries, say Segments(query_ids, key_ids, offset=<position of the first>)"
             )
 
     def at_keys(self, key_positions: KeyPositions) -> Mask:

@@ -51,8 +51,8 @@ class Native:
         )
 
     def keys(self, b: Index, q: Index, key_length: int) -> tuple[Any, Any]:
-        """The keys of each query as an interval ``[start, end)`` within ``[0, key_length)``: int32, as ``q`` is."""
-        start, end = jnp.zeros_like(q), jnp.full_like(q, key_length)
+        """The keys of each query as an interval ``[start, end)`` within ``[0, key_length)``: int32."""
+        start, end = jnp.int32(0), jnp.int32(key_length)
         if self.left is not None:
             start = jnp.maximum(start, q - jnp.minimum(self.left, LIMIT))
         if self.right is not None:
@@ -90,9 +90,9 @@ class Split(Generic[M]):
     @property
     def key_interval(self) -> tuple[Int[Array, "batch q"], Int[Array, "batch q"]]:
         """The keys that the arguments leave to each query, ``[start, end)``: int32 ``[batch|1, q]`` each."""
-        b, shape = iota(self.batch, 0), (self.batch, 1, self.positions.query_length, 1)
-        q = jnp.broadcast_to(self.positions.of_queries(b, iota(shape[2], 2)), shape)
-        start, end = self.terms.keys(b, q, self.positions.key_length)
+        at, b = self.positions, iota(self.batch, 0)
+        ends = self.terms.keys(b, at.of_queries(b, iota(at.query_length, 2)), at.key_length)
+        start, end = jnp.broadcast_arrays(*ends, jnp.zeros((1, 1, at.query_length, 1)))[:2]
         return start[:, 0, :, 0], end[:, 0, :, 0]
 
     def has_keys(self) -> Bool[Array, "batch q"]:

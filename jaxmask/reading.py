@@ -79,8 +79,8 @@ def _read(
     if unknown and not all(part.shape_is_complete for part in mask.parts()) and _depends_on(mask, unknown):
         names = " or ".join(name for axis, name in enumerate(("batch", "heads")) if _depends_on(mask, [axis]))
         raise ValueError(
-            f"{mask!r} looks at its index of {names}, but nothing says how many there are: give {names}= to the mask "
-            "or where it is read, or combine it with a mask that has the size"
+            f"{mask!r} looks at its index of {names}, but nothing says how many there are: give the size, as by "
+            f"Predicate(fn, {names}=…) or by {names}= where the mask is read, or combine it with a mask that has it"
         )
     found = look(iota(sizes[0] or batch, 0), iota(sizes[1] or heads, 1))
     shapes = [np.shape(part) for part in found if np.ndim(part) == 4]

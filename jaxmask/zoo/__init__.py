@@ -126,12 +126,6 @@ class Reordered(Mask):
 
     def check(self, extent: Extent) -> None:
         super().check(extent)
-        for name, known in (("queries", extent.queries), ("keys", extent.keys)):
-            if is_beyond(known, self.positions.shape[1]):
-                raise ValueError(
-                    f"{self!r} has {self.positions.shape[1]} positions, but {name} up to {known and known[1]} were "
-                    "asked for"
-                )
         self.mask.check(extent._replace(queries=None, keys=None, key_length=None, is_aligned=True))
 
     def allows(self, b: Index, h: Index, q: Index, kv: Index) -> Allowed:
@@ -178,7 +172,13 @@ class Transposed(Mask):
 
     def check(self, extent: Extent) -> None:
         super().check(extent)
-        self.mask.check(extent._replace(queries=extent.keys, keys=extent.queries, key_length=None, is_aligned=True))
+        given = self.mask.shape[2]
+        if given != 1 and is_beyond(extent.queries, given):
+            raise ValueError(
+                f"{self!r} describes {given} positions of queries, but queries up to position "
+                f"{extent.queries and extent.queries[1]} were asked for"
+            )
+        self.mask.check(extent._replace(queries=extent.keys, keys=None, key_length=None, is_aligned=True))
 
     def allows(self, b: Index, h: Index, q: Index, kv: Index) -> Allowed:
         return self.mask.allows(b, h, kv, q)

@@ -427,7 +427,7 @@ def test_bounds_that_look_at_heads_of_an_unknown_number_are_refused() -> None:
         ((1, 0), TypeError, r"bounds of Predicate must return bool, got 1 from .*wrong"),
         ((None, False), TypeError, "must return bool, got None"),
         ((np.zeros((2, 2)), False), TypeError, r"must return bool, got float64\[2, 2\]"),
-        ((np.ones((5,), bool), False), ValueError, r"that of its arguments, \[2, 2, 2, 2\], got bool\[5\]"),
+        ((np.ones((5,), bool), False), ValueError, r"that of its arguments, \[1, 1, 2, 2\], got bool\[5\]"),
     ],
     ids=["bool", "array", "three", "ints", "none", "floats", "shape"],
 )
