@@ -270,10 +270,8 @@ class Mask:
         shown = (repr(value) if isinstance(value, Mask) else checks.describe(value) for value, _ in arguments)
         return f"{type(self).__name__}({', '.join(shown)})"
 
-    def _repr_html_(self) -> str:
-        from jaxmask import draw
-
-        return draw.html(self)
+    # The package that draws gives this to the class.
+    _repr_html_: ClassVar[Callable[..., str]]
 
     def __init_subclass__(cls) -> None:
         dataclass(frozen=True, eq=False, repr=False)(cls)

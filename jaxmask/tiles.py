@@ -3,9 +3,10 @@
 Everything here works on NumPy and on JAX arrays alike, so that a static mask is bounded at trace time.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -146,16 +147,9 @@ class TileMap:
         """For each tile of keys, the tiles of queries: those that are not EMPTY first, each part in order."""
         return in_order((self.states == EMPTY).swapaxes(2, 3))
 
-    def show(self) -> None:
-        """Print the states in the terminal, a character for each tile."""
-        from jaxmask import draw
-
-        draw.show_tiles(self)
-
-    def _repr_html_(self) -> str:
-        from jaxmask import draw
-
-        return draw.html_tiles(self)
+    # The package that draws gives these to the class.
+    show: ClassVar[Callable[..., None]]
+    _repr_html_: ClassVar[Callable[..., str]]
 
 
 def in_order(last: Any) -> Any:
