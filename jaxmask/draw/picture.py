@@ -50,18 +50,13 @@ class Cells:
 
 @dataclass(frozen=True)
 class View:
-    """A mask at the lengths and positions at which it is drawn.
-
-    Args:
-        mask: what is drawn.
-        lengths: numbers of queries and of keys.
-        given: those of ``offset``, ``query_positions`` and ``key_positions`` that the caller gave.
-        queries, keys: the positions of queries and keys in each example, which label the picture.
-    """
+    """A mask at the lengths and positions at which it is drawn."""
 
     mask: Mask
     lengths: tuple[int, int]
+    # Those of offset, query_positions and key_positions that the caller gave.
     given: dict[str, Any]
+    # The labels of the picture: the positions of queries and keys.
     queries: Int[np.ndarray, "batch q"]
     keys: Int[np.ndarray, "batch kv"]
 
@@ -74,7 +69,7 @@ class View:
         refuse_traced(mask=mask, **given)
         query_length = checks.length("query_length", query_length)
         lengths = query_length, query_length if key_length is None else checks.length("key_length", key_length)
-        # Of a single tile, to refuse what cannot be read before it becomes a label. Nothing is compiled.
+        # A single tile, which is never computed, refuses bad positions before they become labels.
         tile = jax.eval_shape(partial(mask.tiles, *lengths, block=lengths, **given))
         starts = np.reshape(given.get("offset", 0), (-1, 1))
         queries = given.get("query_positions", starts + np.arange(lengths[0]))
@@ -92,7 +87,7 @@ class View:
 
     def fit(self, block: Block, most: int) -> Cells:
         """Pairs, where there are at most ``most`` along each axis; else tiles."""
-        return self.pairs() if max(self.lengths) <= most else self.tiles(self.enlarged(block, (most, most)))
+        return self.pairs() if max(self.lengths) <= most else self.tiles(block, (most, most))
 
     def pairs(self) -> Cells:
         """A cell for each pair of a query and a key."""
@@ -100,18 +95,13 @@ class View:
             allowed = np.asarray(self.mask.dense(*self.lengths, **self.given))
         return Cells(allowed * np.int8(FULL), (1, 1))
 
-    def tiles(self, block: Block) -> Cells:
-        """A cell for each tile."""
+    def tiles(self, block: Block, most: tuple[int, int] | None = None) -> Cells:
+        """A cell for each tile. Blocks are doubled along each axis until it has at most ``most`` of them."""
+        sizes = zip(block, self.lengths, most or self.lengths, strict=True)
+        queries, keys = (size << (-(-length // (size * limit)) - 1).bit_length() for size, length, limit in sizes)
         with jax.ensure_compile_time_eval():
-            return Cells(np.asarray(self.mask.tiles(*self.lengths, block=block, **self.given).states), block)
-
-    def enlarged(self, block: Block, most: tuple[int, int]) -> Block:
-        """``block``, doubled along each axis until at most ``most`` tiles cover its length."""
-        queries, keys = (
-            size << (-(-length // (size * limit)) - 1).bit_length()
-            for size, length, limit in zip(block, self.lengths, most, strict=True)
-        )
-        return queries, keys
+            tiles = self.mask.tiles(*self.lengths, block=(queries, keys), **self.given)
+        return Cells(np.asarray(tiles.states), tiles.block)
 
 
 def refuse_traced(**arguments: Any) -> None:

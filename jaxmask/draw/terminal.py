@@ -69,13 +69,15 @@ def show(
     positions = {"offset": offset, "query_positions": query_positions, "key_positions": key_positions}
     view = View.of(mask, query_length, key_length, **positions)
     size = checks.block(1 if block is None else block)
-    room = _room(console, view)
+    margin = _margin(console, view)
+    room = console.width - margin
     # A bar before each outlined tile and one after the last.
     bars = 0 if block is None else -(-view.lengths[1] // size[1]) + 1
     if view.lengths[0] <= _MAX_QUERIES and view.lengths[1] + bars <= room:
-        _print_pairs(console, view, None if block is None else view.tiles(size))
+        _print_pairs(console, margin, view, None if block is None else view.tiles(size))
     else:
-        _print_tiles(console, view, view.tiles(_enlarged(size, view, room)))
+        # A character is about twice as high as it is wide.
+        _print_tiles(console, margin, view, view.tiles(size, (max(1, room // 2), room)))
 
 
 def show_tiles(tiles: TileMap, console: "Console | None" = None) -> None:
@@ -90,11 +92,13 @@ def show_tiles(tiles: TileMap, console: "Console | None" = None) -> None:
     """
     console = _console(console)
     view = View.of_tiles(tiles)
-    room = _room(console, view)
+    margin = _margin(console, view)
+    room = console.width - margin
     *_, rows, columns = tiles.states.shape
-    fits = rows <= _MAX_QUERIES and columns <= room
-    cells = Cells(np.asarray(tiles.states), tiles.block) if fits else view.tiles(_enlarged(tiles.block, view, room))
-    _print_tiles(console, view, cells)
+    cells = Cells(np.asarray(tiles.states), tiles.block)
+    if rows > _MAX_QUERIES or columns > room:
+        cells = view.tiles(tiles.block, (max(1, room // 2), room))
+    _print_tiles(console, margin, view, cells)
 
 
 def _console(console: "Console | None") -> "Console":
@@ -105,27 +109,17 @@ def _console(console: "Console | None") -> "Console":
     return Console() if console is None else console
 
 
-def _margin(view: View) -> int:
+def _margin(console: "Console", view: View) -> int:
     """Columns for the positions of queries and a gap."""
-    return max(len(str(position)) for position in (view.queries.min(), view.queries.max())) + 2
-
-
-def _room(console: "Console", view: View) -> int:
-    """Columns for keys."""
-    room = console.width - _margin(view)
-    if room < 1:
+    margin = max(len(str(position)) for position in (view.queries.min(), view.queries.max())) + 2
+    if console.width <= margin:
         raise ValueError(f"a console of {console.width} columns has no room for keys beside the positions of queries")
-    return room
+    return margin
 
 
-def _enlarged(block: Block, view: View, room: int) -> Block:
-    # A character is about twice as high as it is wide.
-    return view.enlarged(block, (max(1, room // 2), room))
-
-
-def _print_pairs(console: "Console", view: View, tiles: Cells | None) -> None:
+def _print_pairs(console: "Console", margin: int, view: View, tiles: Cells | None) -> None:
     """Print a character for each pair, in outlines of ``tiles``."""
-    cells, states, margin = view.pairs(), _glyphs(console), _margin(view)
+    cells, states = view.pairs(), _glyphs(console)
     no, yes = states[EMPTY], ("#" if console.options.ascii_only else "■", _STYLES[FULL])
     top, middle, bottom, dash, bar = ("+++", "+++", "+++", "-", "|") if console.options.ascii_only else _BOX
     length = view.lengths[1]
@@ -168,12 +162,11 @@ def _print_pairs(console: "Console", view: View, tiles: Cells | None) -> None:
     _print(console, cells, panel, legend if tiles is None else [*legend, *_legend(states, tiles)])
 
 
-def _print_tiles(console: "Console", view: View, tiles: Cells) -> None:
-    """Print a character for each tile; two of them, which are a square, where there is room."""
-    states, margin = _glyphs(console), _margin(view)
-    room = console.width - margin
+def _print_tiles(console: "Console", margin: int, view: View, tiles: Cells) -> None:
+    """Print a character for each tile or, where there is room, two of them, which make a square."""
+    states, room = _glyphs(console), console.width - margin
     width = 2 if 2 * tiles.states.shape[3] <= room else 1
-    # The one of an empty tile is a dot, which stays a dot.
+    # An empty tile remains a single dot.
     glyphs = [(glyph * width if state else glyph.ljust(width), style) for state, (glyph, style) in enumerate(states)]
 
     def panel(b: int, h: int) -> Iterator[Line]:
@@ -186,7 +179,7 @@ def _print_tiles(console: "Console", view: View, tiles: Cells) -> None:
 
 
 def _glyphs(console: "Console") -> list[Fragment]:
-    """The characters for EMPTY, PARTIAL and FULL, distinct without colour. Only UTF-8 has the better ones."""
+    """The characters for EMPTY, PARTIAL and FULL, which differ even without colour. Not every console has UTF-8."""
     return list(zip(".:#" if console.options.ascii_only else "·▒█", _STYLES, strict=True))
 
 
