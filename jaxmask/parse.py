@@ -3,7 +3,7 @@
 import ast
 import re
 import unicodedata
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, dataclass, fields
 from difflib import get_close_matches
 
 from jaxmask import checks
@@ -21,7 +21,7 @@ from jaxmask.masks import (
     Window,
 )
 
-_LEAVES: dict[str, type[Mask]] = {
+_MASKS: dict[str, type[Mask]] = {
     "full": Full,
     "empty": Empty,
     "causal": Causal,
@@ -31,24 +31,24 @@ _LEAVES: dict[str, type[Mask]] = {
     "prefix": Prefix,
     "per_head": PerHead,
 }
-_BY_NAME = _LEAVES | {leaf.__name__: leaf for leaf in _LEAVES.values()}
+_BY_NAME = _MASKS | {kind.__name__: kind for kind in _MASKS.values()}
 _NEEDS_PYTHON = {
-    name for leaf in (Padding, Segments, Dense, Predicate) for name in (leaf.__name__, leaf.__name__.lower())
+    name for kind in (Padding, Segments, Dense, Predicate) for name in (kind.__name__, kind.__name__.lower())
 }
 
-# What an error shows of a text that is too long for one line of a terminal.
+# An error shows so many characters before its column, and after it, so that they fit one line of a terminal.
 _BEFORE, _AFTER = 50, 25
 
 
 class MaskSyntaxError(ValueError):
-    """A text that describes no mask. The message shows the text, with a caret under what is wrong."""
+    """The text does not describe a mask. The message shows the text, with a caret under what is wrong."""
 
 
 def parse_mask(text: str) -> Mask:
-    """The mask that ``text`` describes; what a mask without arrays prints is such a text.
+    """The mask that ``text`` describes. The ``repr`` of a mask without arrays is such a text.
 
-    Python's parser is used, for its precedence and its error messages, but nothing is evaluated: the text may come from
-    anywhere.
+    Python's parser reads the text, which gives it Python's precedence and error messages. Nothing is evaluated, so the
+    text may come from anywhere.
 
     Args:
         text: ``full``, ``empty``, ``causal``, ``sliding_window(size)``, ``window(left, right)``, ``chunked(size)``,
@@ -58,6 +58,7 @@ def parse_mask(text: str) -> Mask:
 
     Raises:
         MaskSyntaxError: the text is anything else, or a mask refuses its arguments.
+        TypeError: the text is not a str.
 
     >>> parse_mask("causal & ~sliding_window(3) | prefix(2)")
     Causal() & ~SlidingWindow(3) | Prefix(2)
@@ -81,15 +82,15 @@ def parse_mask(text: str) -> Mask:
         raise reader.error(0, "the mask is nested too deeply") from None
 
 
+@dataclass
 class _Reader:
-    def __init__(self, source: str) -> None:
-        self.source = source
+    source: str
 
     def read(self) -> Mask:
         if not self.source:
             raise self.error(0, "expected a mask such as causal, got an empty text")
         for column, character in enumerate(self.source):
-            # Null bytes and lone surrogates, which the parser cannot take, and comments, which it would drop unread.
+            # The parser fails on null bytes and lone surrogates, and drops comments.
             if not character.isprintable() or character == "#":
                 raise self.error(column, f"unexpected character {character!r}")
         return self.mask(ast.parse(self.source, mode="eval").body)
@@ -103,9 +104,9 @@ class _Reader:
             case ast.UnaryOp(ast.Invert(), operand):
                 return ~self.mask(operand)
             case ast.Name(name):
-                return self.leaf(node, name, [])
+                return self.build(node, name, [])
             case ast.Call(ast.Name(name), arguments, []):
-                return self.leaf(node, name, arguments)
+                return self.build(node, name, arguments)
             case ast.Call(ast.Name(name), _, [keyword, *_]):
                 raise self.error(self.column(keyword), f"arguments of {name} are given by position, without names")
             case ast.BinOp(first) | ast.BoolOp(_, [first, *_]) | ast.Compare(first):
@@ -115,25 +116,28 @@ class _Reader:
             case _:
                 raise self.error(self.column(node), "expected a mask such as causal or sliding_window(3)")
 
-    def leaf(self, node: ast.expr, name: str, arguments: list[ast.expr]) -> Mask:
+    def build(self, node: ast.expr, name: str, arguments: list[ast.expr]) -> Mask:
         column = self.column(node)
         if name in _NEEDS_PYTHON:
             raise self.error(column, f"{name} holds arrays or a function, which a text cannot: build it in Python")
         if name not in _BY_NAME:
             close = get_close_matches(name, [*_BY_NAME, *_NEEDS_PYTHON], n=1)
-            hint = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(_LEAVES)}"
+            hint = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(_MASKS)}"
             raise self.error(column, f"unknown mask {name!r}; {hint}")
-        leaf = _BY_NAME[name]
+        kind = _BY_NAME[name]
         try:
-            if leaf is PerHead:
-                return PerHead([self.mask(part) for part in _unpacked(arguments)])
+            if kind is PerHead:
+                # The masks are arguments or, as PerHead prints them, a tuple.
+                if len(arguments) == 1 and isinstance(arguments[0], ast.Tuple):
+                    arguments = arguments[0].elts
+                return PerHead([self.mask(part) for part in arguments])
             values = [self.argument(argument) for argument in arguments]
-            expected = fields(leaf)  # pyright: ignore[reportArgumentType]
+            expected = fields(kind)  # pyright: ignore[reportArgumentType]
             required = sum(field.default is MISSING for field in expected)
             if not required <= len(values) <= len(expected):
                 names = ", ".join(field.name for field in expected)
                 raise self.error(column, f"expected {name}({names}), got {len(values) or 'no'} argument(s)")
-            return leaf(*values)
+            return kind(*values)
         except MaskSyntaxError:
             raise
         except (TypeError, ValueError) as error:
@@ -141,11 +145,11 @@ class _Reader:
 
     def argument(self, node: ast.expr) -> int | None:
         match node:
-            # A bool is an int, but not in a constant's type.
+            # A bool is an instance of int, but its type is bool.
             case ast.Constant(value) if value is None or type(value) is int:
                 return value
             case ast.UnaryOp(ast.USub(), ast.Constant(value)) if type(value) is int:
-                return -value  # for the mask to refuse, and to say what it expected
+                return -value  # the mask refuses it, and says what it expects
             case _:
                 end = self.character(node.end_col_offset or 0)
                 raise self.error(self.column(node), f"expected an integer, got {self.source[self.column(node) : end]}")
@@ -162,7 +166,7 @@ class _Reader:
         return len(self.source.encode()[:byte].decode())
 
     def error(self, column: int, problem: str) -> MaskSyntaxError:
-        # The parser may point past the end, where something is missing.
+        # Where something is missing, the parser may point past the end.
         column = max(0, min(column, len(self.source)))
         start, end = max(0, column - _BEFORE), column + _AFTER
         before = ("..." if start else "") + self._shown(start, column)
@@ -174,17 +178,8 @@ class _Reader:
         return "".join(character if character.isprintable() else "\ufffd" for character in self.source[start:end])
 
 
-def _unpacked(arguments: list[ast.expr]) -> list[ast.expr]:
-    """The masks for each head: as arguments or, as they are printed, in a tuple."""
-    match arguments:
-        case [ast.Tuple(parts)]:
-            return parts
-        case _:
-            return arguments
-
-
 def _width(character: str) -> int:
-    """Columns that a terminal gives to a character: none to an accent, two to Chinese."""
+    """The columns of a character in a terminal: none for an accent, two for Chinese."""
     if unicodedata.category(character) in ("Mn", "Me"):
         return 0
     return 2 if unicodedata.east_asian_width(character) in "WF" else 1

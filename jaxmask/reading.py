@@ -76,8 +76,8 @@ def _read(
     # An array tells the size of the batch, be it 1. An axis of one head tells nothing: arrays have it to fit any.
     if 0 in unknown and any(np.ndim(array) > 0 for array in jax.tree.leaves((mask, at))):
         unknown.remove(0)
-    if unknown and not all(part.shape_is_complete for part in mask.parts()) and _depends_on(mask, unknown):
-        names = " or ".join(name for axis, name in enumerate(("batch", "heads")) if _depends_on(mask, [axis]))
+    if unknown and not all(part.shape_is_complete for part in mask.parts()) and _depends_on(look, unknown):
+        names = " or ".join(("batch", "heads")[axis] for axis in unknown if _depends_on(look, [axis]))
         raise ValueError(
             f"{mask!r} looks at its index of {names}, but nothing says how many there are: give the size, as by "
             f"Predicate(fn, {names}=…) or by {names}= where the mask is read, or combine it with a mask that has it"
@@ -87,19 +87,18 @@ def _read(
     return found, common(batch, *(shape[0] for shape in shapes)), common(heads, *(shape[1] for shape in shapes))
 
 
-def _depends_on(mask: Description, axes: list[int]) -> bool:
-    """Whether ``allows`` depends on an index along these axes: whether a batch of indices makes a batch of answers."""
-    zero = np.zeros((1, 1, 1, 1), np.int32)
+def _depends_on(look: Callable[[Any, Any], tuple[Allowed, ...]], axes: list[int]) -> bool:
+    """Whether an answer depends on the example or the head: whether a batch of indices makes a batch of answers."""
+    one = np.zeros((1, 1, 1, 1), np.int32)
 
-    def allows(*indices: Any) -> Any:
-        where = [indices[axes.index(axis)] if axis in axes else zero for axis in range(4)]
-        return jnp.asarray(mask.allows(*where))
+    def answer(*indices: Any) -> list[Any]:
+        b, h = (indices[axes.index(axis)] if axis in axes else one for axis in (0, 1))
+        return [jnp.asarray(part) for part in look(b, h)]
 
-    mapped = [jax.ShapeDtypeStruct((1, *zero.shape), np.int32)] * len(axes)
     try:
-        jax.eval_shape(jax.vmap(allows, out_axes=None), *mapped)
+        jax.eval_shape(jax.vmap(answer, out_axes=None), *[one[None]] * len(axes))
     except ValueError:
-        jax.eval_shape(allows, *[zero] * len(axes))  # an error of the mask itself is raised as it is
+        answer(*[one] * len(axes))  # an error of the mask itself is raised as it is
         return True
     return False
 

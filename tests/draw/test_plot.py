@@ -148,6 +148,12 @@ def test_axes_are_labelled_by_positions(offset: Any, positions: Any, queries: li
             assert all(expected[index] == label for index, label in labels.items())
 
 
+def test_axes_are_labelled_by_the_positions_of_queries() -> None:
+    figure = plot(Causal(), 3, 8, query_positions=jnp.array([5, 0, 7]))
+    assert labels_of(figure, "y") == {0: "5", 1: "0", 2: "7"}
+    np.testing.assert_array_equal(states_of(figure)[0], (np.arange(8) <= np.array([[5], [0], [7]])) * FULL)
+
+
 @pytest.mark.parametrize("length", [1, 2, 9, 100, 512, 4096, 131_072])
 def test_labels_do_not_overlap(length: int) -> None:
     figure = plot(Causal(), length, tokens=["text"] * length if length <= 512 else None)

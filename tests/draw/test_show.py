@@ -37,7 +37,7 @@ from jaxmask.parse import MaskSyntaxError, parse_mask
 
 SIZES = st.integers(0, 9)
 BOUNDS = st.none() | SIZES
-LEAVES: st.SearchStrategy[Mask] = st.one_of(
+SINGLE: st.SearchStrategy[Mask] = st.one_of(
     st.just(Full()),
     st.just(Empty()),
     st.just(Causal()),
@@ -47,7 +47,7 @@ LEAVES: st.SearchStrategy[Mask] = st.one_of(
     SIZES.map(Prefix),
 )
 # Of two heads each, for masks of more heads and of fewer do not combine.
-PER_HEAD = st.tuples(LEAVES, LEAVES).map(PerHead)
+PER_HEAD = st.tuples(SINGLE, SINGLE).map(PerHead)
 
 
 def combined(masks: st.SearchStrategy[Mask]) -> st.SearchStrategy[Mask]:
@@ -55,7 +55,7 @@ def combined(masks: st.SearchStrategy[Mask]) -> st.SearchStrategy[Mask]:
     return masks.map(lambda a: ~a) | pairs.map(lambda ab: ab[0] & ab[1]) | pairs.map(lambda ab: ab[0] | ab[1])
 
 
-MASKS = st.recursive(LEAVES | PER_HEAD, combined, max_leaves=5)
+MASKS = st.recursive(SINGLE | PER_HEAD, combined, max_leaves=5)
 
 
 # Text to mask
@@ -319,6 +319,31 @@ def test_rows_are_labelled_by_the_offset_of_their_example() -> None:
     assert "batch 1" in drawn(Padding(np.ones((2, 3), bool)), 3)
 
 
+@pytest.mark.parametrize("positions", [[7, 0, -2], [[7, 0, -2], [3, 4, 100]]])
+def test_rows_are_labelled_by_the_positions_of_their_queries(positions: Any) -> None:
+    labels, rows = read_back(drawn(Causal(), 3, 9, query_positions=jnp.array(positions)))
+    assert labels == np.ravel(positions).tolist()
+    np.testing.assert_array_equal(rows, np.arange(9) <= np.reshape(positions, (-1, 1)))
+
+
+def test_tiles_are_labelled_by_the_positions_of_their_first_queries() -> None:
+    positions = np.arange(1000)[::-1]
+    size, labels, states = read_tiles(drawn(Causal(), 1000, query_positions=positions), 1000)
+    assert labels == positions[:: size[0]].tolist()
+    tiles = Causal().tiles(1000, 1000, block=size, query_positions=positions)
+    np.testing.assert_array_equal(states.reshape(tiles.states.shape), tiles.states)
+
+
+def test_tiles_know_the_positions_of_their_queries(capsys: pytest.CaptureFixture[str]) -> None:
+    Causal().tiles(4, 4, block=2, query_positions=jnp.array([5, 3, 9, -1])).show()
+    assert read_tiles(capsys.readouterr().out, 4)[1] == [5, 9]
+
+
+def test_offset_and_positions_of_queries_are_refused_together() -> None:
+    with pytest.raises(ValueError, match="offset and query_positions"):
+        drawn(Causal(), 2, 3, offset=1, query_positions=jnp.array([1, 2]))
+
+
 def test_columns_are_labelled_from_top_to_bottom() -> None:
     tens, units, first, *_ = drawn(Full(), 12).splitlines()
     assert (tens.split(), units.split()) == (["1", "1"], [*"012345678901"])
@@ -357,6 +382,12 @@ def test_a_console_without_room_is_refused() -> None:
         drawn(Causal(), 1, offset=1000, width=6)
 
 
+@pytest.mark.parametrize("name", ["offset", "key_positions"])
+def test_bad_positions_are_refused_by_name(name: str) -> None:
+    with pytest.raises(TypeError, match=f"{name} must be"):
+        drawn(Causal(), 2, **{"offset": 0, name: "zero"})
+
+
 def test_alignment_is_not_guessed() -> None:
     with pytest.raises(ValueError, match="offset is missing"):
         drawn(Causal(), 2, 3)
@@ -383,6 +414,8 @@ def test_a_traced_mask_has_no_picture_and_another_has_one_inside_of_jit() -> Non
             drawn(Padding(valid), 3)
         with pytest.raises(TypeError, match="offset is being traced"):
             drawn(Causal(), 3, offset=valid.sum())
+        with pytest.raises(TypeError, match="query_positions is being traced"):
+            drawn(Causal(), 3, query_positions=valid[0].astype(int))
         with pytest.raises(TypeError, match="tiles is being traced"):
             Padding(valid).tiles(3, 3).show()
         return valid
