@@ -39,8 +39,8 @@ test-latest: .venv-latest/.test
 test-tpu: .venv/.tpu
 	$(BIN)/pytest tests/tpu
 
-bench: .venv/.dev
-	$(BIN)/python benchmarks/masks.py
+bench: .venv/.dev .venv/$(OLDER)
+	PYTHONPATH=.venv/$(OLDER) $(BIN)/python benchmarks/masks.py
 	$(BIN)/python benchmarks/tiles.py
 	$(BIN)/python benchmarks/attention.py --json benchmarks/attention.json
 	$(BIN)/python benchmarks/lengths.py
