@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tokamax
+import tokamax  # pyright: ignore[reportMissingTypeStubs]
 import torch
 from absl.flags import FLAGS
 from jax import lax

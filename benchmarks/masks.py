@@ -1,4 +1,4 @@
-"""Masks against PyTorch's converter and against filling memory: ``make bench``.
+"""Masks against the converter of Transformers 5.23, the last that has it, and against filling memory: ``make bench``.
 
 Each operation, PyTorch's twin of it and a jitted ``jnp.full`` of the result's shape take turns, so that what else the
 machine does falls on all alike; each makes, finishes and frees a fresh array. Medians after warm-up. Ratios carry over
@@ -23,7 +23,7 @@ from timing import compare
 import jaxmask
 
 warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-from transformers import modeling_attn_mask_utils as hf  # noqa: E402
+from transformers import modeling_attn_mask_utils as hf  # noqa: E402 # pyright: ignore[reportAttributeAccessIssue]
 
 BATCH, LENGTH, WINDOW = 4, 2048, 256
 ROUNDS = 24

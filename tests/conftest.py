@@ -10,20 +10,34 @@ os.environ["XLA_FLAGS"] = (
 os.environ["JAX_PLATFORMS"] = "cpu"
 
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 import pytest
 from hypothesis import HealthCheck, settings
+from jaxtyping import config, install_import_hook
 
-settings.register_profile(
-    "jaxmask",
-    deadline=None,
-    derandomize=True,
-    max_examples=60,
-    print_blob=True,
-    suppress_health_check=[HealthCheck.too_slow],
-)
+# Before anything imports the library: its annotations are checked in every call of these tests.
+install_import_hook(["jaxmask", "torch_compat"], "beartype.beartype")
+
+always: dict[str, Any] = {
+    "deadline": None,
+    "derandomize": True,
+    "print_blob": True,
+    "suppress_health_check": [HealthCheck.too_slow],
+}
+settings.register_profile("jaxmask", max_examples=60, **always)
+# For `make test-fast`.
+settings.register_profile("fast", max_examples=5, **always)
 settings.load_profile("jaxmask")
+
+
+@pytest.fixture(autouse=True)
+def annotations_are_checked(request: pytest.FixtureRequest) -> Iterator[None]:
+    """But where a test is about bad input: the library's own errors are for those who do not check annotations."""
+    config.update("jaxtyping_disable", "bad" in request.node.nodeid or "refuse" in request.node.nodeid)
+    yield
+    config.update("jaxtyping_disable", False)
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -20,6 +20,12 @@ def test_import_of_jaxmask_does_not_import(module: str) -> None:
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
+@pytest.mark.parametrize("module", ["transformers", "safetensors", "gguf", "flax"])
+def test_tensors_and_block_masks_need_torch_alone(module: str) -> None:
+    code = f"import sys, torch_compat.bridge, torch_compat.blocks; sys.exit({module!r} in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
 def test_readme_sessions_give_what_they_show() -> None:
     session = "\n".join(re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL))
     test = doctest.DocTestParser().get_doctest(session, {}, "README", "README.md", 0)
@@ -47,5 +53,5 @@ def test_verify_says_what_to_install_where_torch_is_missing(tmp_path: Path) -> N
     code = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); from jaxmask.cli import main; main()"
     result = subprocess.run([sys.executable, "-c", code, "verify"], capture_output=True, text=True, check=False)
     assert result.returncode == 2
-    assert 'pip install "jaxmask[torch,cli]"' in result.stderr
+    assert 'pip install "jaxmask[verify]"' in result.stderr
     assert "Traceback" not in result.stderr
