@@ -7,7 +7,7 @@ Here is what every mask says of itself, and how its fields become a pytree. How 
 import operator
 from collections.abc import Iterable, Iterator
 from dataclasses import Field, dataclass, fields
-from typing import Any, ClassVar, Self, dataclass_transform
+from typing import Any, ClassVar, dataclass_transform
 
 import jax
 
@@ -187,7 +187,7 @@ class Description:
         return tuple(zip(keys, children, strict=True)), structure
 
     @classmethod
-    def _unflatten(cls, structure: _Structure, children: Iterable[Any]) -> Self:
+    def _unflatten(cls, structure: _Structure, children: Iterable[Any]) -> "Description":
         traced, static = structure
         mask = object.__new__(cls)
         mask._set(**dict(static), **dict(zip(traced, children, strict=True)), _traced_names=traced)

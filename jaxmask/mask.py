@@ -234,14 +234,14 @@ class Mask(Description):
     def __invert__(self) -> "Mask":
         return Not(self)
 
-    def __rand__(self, other: object) -> NoReturn:
+    def __rand__(self, other: object) -> "Mask":
         refuse_no_mask(other)
 
     __ror__ = __rand__
     # NumPy leaves `array & mask` to the line above, instead of combining element by element.
     __array_ufunc__ = None
 
-    def __bool__(self) -> NoReturn:
+    def __bool__(self) -> bool:
         raise TypeError(f"{self!r} is neither true nor false: combine masks by &, | and ~, not by and, or and not")
 
 

@@ -7,7 +7,7 @@ import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Self
+from typing import Any
 
 import jax
 import numpy as np
@@ -60,7 +60,7 @@ class View:
     keys: Int[np.ndarray, "batch kv"]
 
     @classmethod
-    def of(cls, mask: Mask, query_length: int, key_length: int | None, **positions: Any) -> Self:
+    def of(cls, mask: Mask, query_length: int, key_length: int | None, **positions: Any) -> "View":
         """The view that the arguments of :func:`jaxmask.draw.show` describe; refuses what cannot be drawn."""
         if not isinstance(mask, Mask):
             refuse_no_mask(mask, "mask must be a Mask")
@@ -79,7 +79,7 @@ class View:
         return cls(mask, lengths, given, *labels)
 
     @classmethod
-    def of_tiles(cls, tiles: TileMap) -> Self:
+    def of_tiles(cls, tiles: TileMap) -> "View":
         """The view that tiles have of their mask."""
         refuse_traced(tiles=tiles)
         at = tiles.positions
