@@ -381,8 +381,8 @@ def _attention(call: Call, sinks: Any, block: tuple[int, int] | None) -> Any:
         # Where many tiles of queries read them, transposed once. One tile may read but a small part of a cache.
         key="bndk" if many else "bknd",
         value="bnkd" if many else "bknd",
-        before=call.scale if is_exact else 1,
-        after=1 if is_exact else call.scale,
+        before=call.scale if is_exact else 1.0,
+        after=1.0 if is_exact else call.scale,
         decided=calls[True],
         full=calls[False],
     )
