@@ -71,3 +71,8 @@ class Span:
         values = xp.concatenate((values, xp.repeat(last, missing, self.axis)), self.axis)
         tiled = values.reshape(*values.shape[: self.axis], -1, self.size, *values.shape[self.axis + 1 :])
         return getattr(xp, name)(tiled, axis=self.axis + 1)
+
+
+def share(q_min: Any, q_max: Any, kv_min: Any, kv_max: Any) -> Bounds:
+    """Whether some, and every, pair has equal numbers, where those of a tile are known to lie in a range."""
+    return (q_min <= kv_max) & (kv_min <= q_max), (q_min == kv_max) & (q_max == kv_min)
