@@ -120,11 +120,11 @@ def generate(
 ) -> None:
     """Continue texts by a real model in Flax, with jaxmask's masks and caches."""
     try:
-        from torch_compat import text
+        from torch_compat import generate as generation
     except ModuleNotFoundError as error:
         _fail_without(error, "generate")
     try:
-        text.write(
+        generation.write(
             prompts,
             max_new_tokens=max_new_tokens,
             temperature=temperature,

@@ -145,7 +145,8 @@ def _known_range(start: Any, length: int = 1) -> range | None:
     """The positions of ``length`` tokens from each of ``start`` on, or ``None`` where they are traced."""
     if checks.is_traced(start) or jax.export.is_symbolic_dim(length) or np.size(start) == 0:
         return None
-    return range(int(np.min(start)), int(np.max(start)) + length)
+    positions = np.asarray(start)
+    return range(int(positions.min()), int(positions.max()) + length)
 
 
 def _check_batch(mask: Mask, batch_size: int) -> None:
@@ -194,10 +195,9 @@ def _shifted(positions: range | None, offset: Scalar) -> range | None:
 def _check_inside(name: str, array: Any, axis: int, token: str, positions: range | None) -> None:
     size = array.shape[axis]
     if positions is not None and not 0 <= positions.start <= positions.stop <= size:
-        asked = f"{positions.start} to {positions.stop - 1}" if len(positions) > 1 else f"{positions.start}"
         raise ValueError(
-            f"{name}, {checks.describe(array)}, reaches positions 0 to {size - 1}, but a {token} was asked for at {asked}: "
-            "give an array that reaches every query and key, those in the cache included"
+            f"{name}, {checks.describe(array)}, ends at position {size - 1}, but {token} positions {positions.start} to "
+            f"{positions.stop - 1} were asked for: give an array that reaches every query and key, cached ones included"
         )
 
 

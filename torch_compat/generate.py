@@ -24,7 +24,7 @@ from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME, logging
 from jaxmask.flax.decoder import Decoder
 from jaxmask.flax.generate import check_settings, generate, left_pad
 from torch_compat import models
-from torch_compat.smollm2 import checkpoint
+from torch_compat.weights import smollm2_checkpoint
 
 
 def load(folder: Path, gguf_file: str | None = None) -> tuple[Decoder, Any, list[int]]:
@@ -121,7 +121,7 @@ def write(
     if not 0 <= seed < 2**32:
         raise ValueError(f"seed must be at least 0 and fit a uint32, got {seed}")
     if folder is None:
-        folder, file = checkpoint()
+        folder, file = smollm2_checkpoint()
         gguf_file = gguf_file or file
     with _bar(log, f"loading {gguf_file or folder.name}"):
         model, tokenizer, end = load(folder, gguf_file)

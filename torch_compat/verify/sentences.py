@@ -1,4 +1,4 @@
-"""Real sentences, 64 of them: from one word to a page, in many languages and in code."""
+"""Real texts: 64 sentences from one word to a page, in many languages and in code, and eight of growing length."""
 
 SENTENCES: tuple[str, ...] = (
     # One word.
@@ -96,4 +96,16 @@ SENTENCES: tuple[str, ...] = (
     '#include <stdio.h>\nint main(void) { puts("Hello"); return 0; }',
     "<!DOCTYPE html><html><head><title>404</title></head><body><h1>Not found</h1></body></html>",
     '{"model_type": "bert", "hidden_size": 384, "num_hidden_layers": 6}',
+)
+
+# From a few characters to a few sentences, in the two languages of the original publication and in English.
+TEXTS: tuple[str, ...] = (
+    "我爱你",
+    "你也爱我",
+    "今天天气很好，我们一起去公园散步吧。",
+    "注意力掩码决定了每个词可以看到哪些词。",
+    "Hello!",
+    "A mask says who may look at whom.",
+    "The quick brown fox jumps over the lazy dog, and the dog does not mind at all.",
+    "Short and 长 mixed 在一起 in one sentence.",
 )
