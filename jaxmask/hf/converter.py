@@ -106,7 +106,8 @@ class AttentionMaskConverter:
         Args:
             attention_mask_2d: 0/1 ``[batch, kv]``; what is not a one in ``dtype`` is masked.
             query_length: static; may be shorter than the keys.
-            key_value_length: static; needed where the converter is causal, unless there is one query and no window.
+            key_value_length: static. It is needed where the converter is causal, unless there is one query and no
+                window, and ignored otherwise.
             dtype: floating, static.
             past_key_values_length: position of the first query; ``key_value_length - query_length`` unless given.
 
@@ -135,7 +136,7 @@ class AttentionMaskConverter:
                 f"key_value_length is missing: a causal converter aligns {query_length} queries with the keys "
                 f"(the mask has {mask_length})"
             )
-        if key_value_length is not None and key_value_length != mask_length:
+        if causal and key_value_length != mask_length:
             raise ValueError(
                 f"key_value_length is {checks.describe(key_value_length)}, but attention_mask_2d is "
                 f"{checks.describe(attention_mask_2d)}: it must cover every key, the past ones included"

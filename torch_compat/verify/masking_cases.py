@@ -146,8 +146,7 @@ def _case(draw: MaskingDraw, operation: str, arguments: dict[str, Any], **more: 
 
 def _has_blocks_in_packed_rows(arguments: dict[str, Any]) -> bool:
     positions, blocks = arguments.get("position_ids"), arguments.get("block_sequence_ids")
-    others = (arguments.get("attention_mask"), arguments.get(CACHE))
-    if positions is None or blocks is None or others != (None, None):
+    if positions is None or blocks is None or not (arguments["attention_mask"] is None is arguments[CACHE]):
         return False
     return bool((np.diff(positions, axis=1) != 1).any()) and arguments["config"].implementation != "another backend"
 
