@@ -196,8 +196,8 @@ def _check_inside(name: str, array: Any, axis: int, token: str, positions: range
     size = array.shape[axis]
     if positions is not None and not 0 <= positions.start <= positions.stop <= size:
         raise ValueError(
-            f"{name}, {checks.describe(array)}, ends at position {size - 1}, but {token} positions {positions.start} to "
-            f"{positions.stop - 1} were asked for: give an array that reaches every query and key, cached ones included"
+            f"{name}, {checks.describe(array)}, ends at position {size - 1}, but {token} positions {positions.start} "
+            f"to {positions.stop - 1} were asked for: give an array that reaches every query and key, also cached ones"
         )
 
 

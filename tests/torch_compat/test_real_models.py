@@ -50,7 +50,13 @@ ONE_WRONG = np.where(np.arange(3 * NEW).reshape(3, NEW) == 7, 1, 0)
 def test_generation_agrees_within_every_limit_and_no_further(changed: dict[str, Any], agrees: bool) -> None:
     logits = np.zeros((3, NEW, 4))
     logits[..., 0] = 2.0
-    arguments = {"ours": TOKENS, "alone": TOKENS, "expected": TOKENS, "difference": 1.4e-4, "without_mask": 21.0}
+    arguments: dict[str, Any] = {
+        "ours": TOKENS,
+        "alone": TOKENS,
+        "expected": TOKENS,
+        "difference": 1.4e-4,
+        "without_mask": 21.0,
+    }
     assert compare_generation("a model", logits=logits, **{**arguments, **changed}).agrees == agrees
 
 

@@ -170,7 +170,7 @@ def _known(option: str, names: Sequence[str] | None, known: Sequence[str]) -> Se
 
 def _table(group: Group, rows: Sequence[Row], dtypes: Sequence[str]) -> Table:
     """For each operation and dtype, how many results agree."""
-    table = Table(title=f"{group.name}: {group.agree}")
+    table = Table(title=group.name)
     table.add_column("operation", overflow="fold")
     for dtype in dtypes:
         table.add_column(dtype, justify="right")

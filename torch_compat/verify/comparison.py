@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import import_module
 from importlib.util import find_spec
 from types import SimpleNamespace
 from typing import Any
@@ -32,9 +33,7 @@ from torch_compat.verify.cases import DTYPES, Case, Side
 # The modules that say what modeling_attn_mask_utils means. Transformers has it no longer since 5.24.
 ORACLES: dict[str, Any] = {"reference": reference}
 if find_spec("transformers.modeling_attn_mask_utils") is not None:
-    from transformers import modeling_attn_mask_utils
-
-    ORACLES["transformers"] = modeling_attn_mask_utils
+    ORACLES["transformers"] = import_module("transformers.modeling_attn_mask_utils")
 # What Transformers has no longer, the reference has.
 _MASKING_UTILS = SimpleNamespace(**{**vars(reference), **vars(transformers_masking_utils)})
 
@@ -69,15 +68,14 @@ def compare_operation(operation: str, dtype: str, oracles: Sequence[str], cases:
     rows = [Row(operation, dtype, oracle) for oracle in oracles if oracle in oracles_of(operation)]
     with precision(dtype):
         for case in generate(operation, dtype, cases, seed):
-            is_attention = isinstance(case, AttentionCall)
-            ours = attention.call_jax(operation, case) if is_attention else call_jax(case)
+            ours: Any = attention.call_jax(operation, case) if isinstance(case, AttentionCall) else call_jax(case)
             for row in rows:
                 if row.oracle in case.unanswered:
                     continue
                 if row.oracle == "transformers" and case.known_difference:
                     row.known += 1
                     continue
-                if is_attention:
+                if isinstance(case, AttentionCall):
                     difference = attention.compare(row.oracle, case, ours)
                 else:
                     difference = compare(ours, call_torch(row.oracle, case))
