@@ -105,28 +105,15 @@ class _Program:
     joined: tuple[Callable[[Any, Any], Any], ...]
 
 
-def _causal(draw: Draw, keys: int) -> tuple[Mask, MaskMod]:
-    return Causal(), lambda b, h, q, kv: kv <= q
-
-
-def _sliding_window(draw: Draw, keys: int) -> tuple[Mask, MaskMod]:
-    return SlidingWindow(9), lambda b, h, q, kv: (kv <= q) & (kv > q - 9)
+def _chunked(draw: Draw, keys: int) -> tuple[Mask, MaskMod]:
+    start = draw.ints(0, 8, BATCH)
+    starts = torch.from_numpy(start)
+    return Chunked(8, start), lambda b, h, q, kv: (q - starts[b]) // 8 == (kv - starts[b]) // 8
 
 
 def _window(draw: Draw, keys: int) -> tuple[Mask, MaskMod]:
     left, right = draw.ints(0, 12), draw.ints(0, 12)
     return Window(left, right), lambda b, h, q, kv: (kv >= q - int(left)) & (kv <= q + int(right))
-
-
-def _chunked(draw: Draw, keys: int) -> tuple[Mask, MaskMod]:
-    start = draw.ints(0, 8, BATCH)
-    starts = torch.from_numpy(start)
-    return (
-        Chunked(8, start),
-        lambda b, h, q, kv: (
-            torch.div(q - starts[b], 8, rounding_mode="floor") == torch.div(kv - starts[b], 8, rounding_mode="floor")
-        ),
-    )
 
 
 def _prefix(draw: Draw, keys: int) -> tuple[Mask, MaskMod]:
@@ -137,8 +124,7 @@ def _prefix(draw: Draw, keys: int) -> tuple[Mask, MaskMod]:
 
 def _padding(draw: Draw, keys: int) -> tuple[Mask, MaskMod]:
     """Padding on the left or on the right. Sometimes one example is all padding."""
-    valid = np.arange(keys) >= draw.ints(0, keys, BATCH, 1)
-    valid = valid[:, ::-1].copy() if draw.contents.random() < 0.5 else valid
+    valid = draw.mask(BATCH, keys, kinds=("left", "right"))
     valid[0] &= draw.contents.random() < 0.7
     table = torch.from_numpy(valid)
     return Padding(valid), lambda b, h, q, kv: table[b, kv]
@@ -151,16 +137,6 @@ def _segments(draw: Draw, keys: int) -> tuple[Mask, MaskMod]:
     return Segments(ids), lambda b, h, q, kv: table[b, q] == table[b, kv]
 
 
-def _per_head(draw: Draw, keys: int) -> tuple[Mask, MaskMod]:
-    mask = PerHead([Causal(), SlidingWindow(5), Full(), Window(3, 3)])
-    return (
-        mask,
-        lambda b, h, q, kv: (
-            (h == 2) | ((h == 3) & ((q - kv).abs() <= 3)) | ((h < 2) & (kv <= q) & ((h == 0) | (kv > q - 5)))
-        ),
-    )
-
-
 def _dense(draw: Draw, keys: int) -> tuple[Mask, MaskMod]:
     allowed = draw.contents.random((1, HEADS, keys, keys)) < 0.4
     table = torch.from_numpy(allowed)
@@ -171,21 +147,21 @@ def _strided(b: Any, h: Any, q: Any, kv: Any) -> Any:
     return (q - kv) % 3 == 0
 
 
-def _predicate(draw: Draw, keys: int) -> tuple[Mask, MaskMod]:
-    return Predicate(_strided), _strided
+def _is_in_heads(b: Any, h: Any, q: Any, kv: Any) -> Any:
+    return (h == 2) | ((h == 3) & ((q - kv).abs() <= 3)) | ((h < 2) & (kv <= q) & ((h == 0) | (kv > q - 5)))
 
 
 MASKS: dict[str, Callable[[Draw, int], tuple[Mask, MaskMod]]] = {
-    "causal": _causal,
-    "sliding window": _sliding_window,
+    "causal": lambda draw, keys: (Causal(), lambda b, h, q, kv: kv <= q),
+    "sliding window": lambda draw, keys: (SlidingWindow(9), lambda b, h, q, kv: (kv <= q) & (kv > q - 9)),
     "window": _window,
     "chunked": _chunked,
     "prefix": _prefix,
     "padding": _padding,
     "segments": _segments,
-    "per head": _per_head,
+    "per head": lambda draw, keys: (PerHead([Causal(), SlidingWindow(5), Full(), Window(3, 3)]), _is_in_heads),
     "dense": _dense,
-    "predicate": _predicate,
+    "predicate": lambda draw, keys: (Predicate(_strided), _strided),
 }
 
 

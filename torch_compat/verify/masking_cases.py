@@ -70,23 +70,8 @@ class MaskingDraw(Draw):
 
     def function(self, shape: Shape, name: str | None = None) -> Built:
         """A mask function of ``masking_utils`` that is not made of others, whose arrays reach every key."""
-        batch_size, window, end = shape.batch_size, shape.window, shape.key_length
-        left_padding = self.ints(0, 4, batch_size)
-        names: dict[str, Callable[[], tuple[Any, ...] | None]] = {
-            "causal_mask_function": lambda: None,
-            "bidirectional_mask_function": lambda: None,
-            "sliding_window_overlay": lambda: (window,),
-            "sliding_window_causal_mask_function": lambda: (window,),
-            "sliding_window_bidirectional_overlay": lambda: (window,),
-            "sliding_window_bidirectional_mask_function": lambda: (window,),
-            "chunked_overlay": lambda: (window, left_padding),
-            "chunked_causal_mask_function": lambda: (window, left_padding),
-            "blockwise_overlay": lambda: (self.blocks(batch_size, end),),
-            "padding_mask_function": lambda: (self.mask(batch_size, end),),
-            "packed_sequence_mask_function": lambda: (self.segments(batch_size, end),),
-        }
-        name = name or str(self.setting.choice(list(names)))
-        return Built(name, names[name]())
+        name = name or self.one_of(*_SIMPLE)
+        return Built(name, _SIMPLE[name](self, shape))
 
     def tree(self, shape: Shape, kind: str | None = None) -> Built:
         """A mask function, two of them combined, or one at other positions."""
@@ -116,6 +101,30 @@ class MaskingDraw(Draw):
             room=self.one_of(0, 3),
             stand_in=self.one_of(None, "ints", "arrays"),
         )
+
+
+def _window(draw: MaskingDraw, shape: Shape) -> tuple[Any, ...]:
+    return (shape.window,)
+
+
+def _chunk(draw: MaskingDraw, shape: Shape) -> tuple[Any, ...]:
+    return shape.window, draw.ints(0, 4, shape.batch_size)
+
+
+# Mask functions that are not made of others, and what they are called with. None: they are called for pairs at once.
+_SIMPLE: dict[str, Callable[[MaskingDraw, Shape], tuple[Any, ...] | None]] = {
+    "causal_mask_function": lambda draw, shape: None,
+    "bidirectional_mask_function": lambda draw, shape: None,
+    "sliding_window_overlay": _window,
+    "sliding_window_causal_mask_function": _window,
+    "sliding_window_bidirectional_overlay": _window,
+    "sliding_window_bidirectional_mask_function": _window,
+    "chunked_overlay": _chunk,
+    "chunked_causal_mask_function": _chunk,
+    "blockwise_overlay": lambda draw, shape: (draw.blocks(shape.batch_size, shape.key_length),),
+    "padding_mask_function": lambda draw, shape: (draw.mask(shape.batch_size, shape.key_length),),
+    "packed_sequence_mask_function": lambda draw, shape: (draw.segments(shape.batch_size, shape.key_length),),
+}
 
 
 def _grid(draw: MaskingDraw, shape: Shape) -> dict[str, np.ndarray]:
@@ -337,37 +346,21 @@ def _recurrent(draw: MaskingDraw) -> Case:
     return _case(draw, "create_recurrent_attention_mask", _inputs(draw, causal=True)[1])
 
 
-_FUNCTIONS = (
-    "and_masks",
-    "or_masks",
-    "causal_mask_function",
-    "bidirectional_mask_function",
-    "sliding_window_overlay",
-    "sliding_window_causal_mask_function",
-    "sliding_window_bidirectional_overlay",
-    "sliding_window_bidirectional_mask_function",
-    "chunked_overlay",
-    "chunked_causal_mask_function",
-    "blockwise_overlay",
-    "padding_mask_function",
-    "packed_sequence_mask_function",
-    "remap_positions_for_packed_sequence",
-    "packed_sequence_compatibility_function",
-    "add_offsets_to_mask_function",
-)
+_FUNCTIONS = (*_SIMPLE, "and_masks", "or_masks", *_REMAPPING, "add_offsets_to_mask_function")
+_CREATE = {  # whether they are causal
+    "create_causal_mask": True,
+    "create_bidirectional_mask": False,
+    "create_sliding_window_causal_mask": True,
+    "create_bidirectional_sliding_window_mask": False,
+    "create_chunked_causal_mask": True,
+}
+_INTERFACES = ("sdpa_mask", "eager_mask", "flash_attention_mask", "flex_attention_mask")
 _GENERATORS: dict[str, Callable[[MaskingDraw], Case]] = {
-    "create_causal_mask": _create("create_causal_mask", causal=True),
-    "create_bidirectional_mask": _create("create_bidirectional_mask", causal=False),
-    "create_sliding_window_causal_mask": _create("create_sliding_window_causal_mask", causal=True),
-    "create_bidirectional_sliding_window_mask": _create("create_bidirectional_sliding_window_mask", causal=False),
-    "create_chunked_causal_mask": _create("create_chunked_causal_mask", causal=True),
+    **{name: _create(name, causal) for name, causal in _CREATE.items()},
     "create_masks_for_generate": _generate,
     "create_recurrent_attention_mask": _recurrent,
     "find_packed_sequence_indices": _packed_indices,
-    "sdpa_mask": _interface("sdpa_mask"),
-    "eager_mask": _interface("eager_mask"),
-    "flash_attention_mask": _interface("flash_attention_mask"),
-    "flex_attention_mask": _interface("flex_attention_mask"),
+    **{name: _interface(name) for name in _INTERFACES},
     "prepare_padding_mask": _padding,
     "maybe_pad_block_sequence_ids": _padded_blocks,
     "find_first_full_attention_index": _first_full,
