@@ -70,7 +70,7 @@ class MaskingDraw(Draw):
 
     def function(self, shape: Shape, name: str | None = None) -> Built:
         """A mask function of ``masking_utils`` that is not made of others, whose arrays reach every key."""
-        name = name or self.one_of(*_SIMPLE)
+        name = name or str(self.one_of(*_SIMPLE))
         return Built(name, _SIMPLE[name](self, shape))
 
     def tree(self, shape: Shape, kind: str | None = None) -> Built:
