@@ -18,7 +18,7 @@ from hypothesis import HealthCheck, settings
 from jaxtyping import config, install_import_hook
 
 # Before anything imports the library: its annotations are checked in every call of these tests.
-install_import_hook(["jaxmask", "torch_compat"], "beartype.beartype")
+install_import_hook("jaxmask", "beartype.beartype")
 
 always: dict[str, Any] = {
     "deadline": None,

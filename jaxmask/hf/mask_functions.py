@@ -19,9 +19,11 @@ import numpy as np
 from jaxtyping import Array, Bool, Int, Shaped
 
 from jaxmask import checks
-from jaxmask.indices import Allowed, Index, inside, lookup
-from jaxmask.mask import And, Empty, Full, Mask, Not, Offset, Or, Scalar
-from jaxmask.masks import Causal, Chunked, Dense, Padding, Predicate, Segments, SlidingWindow, Window
+from jaxmask.description import is_beyond
+from jaxmask.indices import Allowed, Index, common, inside, lookup
+from jaxmask.mask import Empty, Full, Mask, Scalar
+from jaxmask.masks import Causal, Chunked, Padding, Predicate, Segments, SlidingWindow, Window
+from jaxmask.positions import Extent
 from jaxmask.tiles import Bounds, Span
 
 # A function of (batch_idx, head_idx, q_idx, kv_idx), or a mask.
@@ -60,8 +62,8 @@ class MaskFunction:
         """
         examples = _known_range(batch_idx)
         if examples is not None:
-            _check_batch(self.mask, examples.stop)
-        _check_positions(self.mask, _known_range(q_idx), _known_range(kv_idx))
+            _check_batch(self.mask, examples[1] + 1)
+        self.mask.check(Extent(_known_range(q_idx), _known_range(kv_idx), 1, None, is_aligned=True))
         return _at_pairs(self.mask, batch_idx, head_idx, q_idx, kv_idx)
 
 
@@ -90,13 +92,25 @@ class _AtPositions(Mask):
     kv_offset: Scalar = 0
     position_ids: Ids | None = None
 
+    shape_is_complete = True
+
     @property
     def shape(self) -> tuple[int, int, int]:
         batch, heads, _ = self.mask.shape
-        return max(batch, 1 if self.position_ids is None else self.position_ids.shape[0]), heads, 1
+        return batch if self.position_ids is None else common(batch, self.position_ids.shape[0]), heads, 1
 
-    def check_lengths(self, query_length: int, key_length: int, offset: Offset | None) -> None:
-        _check_positions(self, _known_range(0 if offset is None else offset, query_length), range(key_length))
+    def check(self, extent: Extent) -> None:
+        queries, keys = _shifted(extent.queries, self.q_offset), _shifted(extent.keys, self.kv_offset)
+        if self.position_ids is not None:
+            for name, known in (("query", queries), ("key", keys)):
+                if is_beyond(known, self.position_ids.shape[1]):
+                    raise ValueError(
+                        f"position_ids, {checks.describe(self.position_ids)}, ends at position "
+                        f"{self.position_ids.shape[1] - 1}, but {name} positions {known and known[0]} to "
+                        f"{known and known[1]} were asked for: it must reach every query and key"
+                    )
+            queries = keys = _known_range(self.position_ids)
+        self.mask.check(extent._replace(queries=queries, keys=keys, key_length=None, is_aligned=True))
 
     def allows(self, b: Index, h: Index, q: Index, kv: Index) -> Allowed:
         q, kv = q + self.q_offset, kv + self.kv_offset
@@ -123,13 +137,15 @@ class ForBatch(Mask):
     mask: Mask
     batch_size: int
 
+    shape_is_complete = True
+
     @property
     def shape(self) -> tuple[int, int, int]:
         return self.batch_size, 1, 1
 
-    def check_lengths(self, query_length: int, key_length: int, offset: Offset | None) -> None:
+    def check(self, extent: Extent) -> None:
         _check_batch(self.mask, self.batch_size)
-        _check_positions(self.mask, _known_range(0 if offset is None else offset, query_length), range(key_length))
+        self.mask.check(extent._replace(key_length=None, is_aligned=True))
 
     def allows(self, b: Index, h: Index, q: Index, kv: Index) -> Allowed:
         return self.mask.allows(self._example(b), 0, q, kv)
@@ -141,12 +157,12 @@ class ForBatch(Mask):
         return 0 if self.batch_size == 1 else b
 
 
-def _known_range(start: Any, length: int = 1) -> range | None:
-    """The positions of ``length`` tokens from each of ``start`` on, or ``None`` where they are traced."""
-    if checks.is_traced(start) or jax.export.is_symbolic_dim(length) or np.size(start) == 0:
+def _known_range(positions: Any) -> tuple[int, int] | None:
+    """The lowest and the highest of positions, or ``None`` where they are traced."""
+    if checks.is_traced(positions) or np.size(positions) == 0:
         return None
-    positions = np.asarray(start)
-    return range(int(positions.min()), int(positions.max()) + length)
+    positions = np.asarray(positions)  # its contents are known in the middle of a trace, too
+    return int(positions.min()), int(positions.max())
 
 
 def _check_batch(mask: Mask, batch_size: int) -> None:
@@ -156,49 +172,10 @@ def _check_batch(mask: Mask, batch_size: int) -> None:
         )
 
 
-def _check_positions(mask: Mask, q: range | None, kv: range | None) -> None:
-    """Raise a ``ValueError`` where known positions lie beyond an array of a mask."""
-    match mask:
-        case _AtPositions():
-            q, kv = _shifted(q, mask.q_offset), _shifted(kv, mask.kv_offset)
-            if mask.position_ids is not None:
-                _check_inside("position_ids", mask.position_ids, 1, "query", q)
-                _check_inside("position_ids", mask.position_ids, 1, "key", kv)
-                q = kv = _known_range(mask.position_ids)
-            _check_positions(mask.mask, q, kv)
-        case ForBatch() | Not():
-            _check_positions(mask.mask, q, kv)
-        case And() | Or():
-            for part in mask.masks:
-                _check_positions(part, q, kv)
-        case Padding():
-            _check_inside("valid of Padding", mask.valid, 1, "key", kv)
-        case Segments():
-            keys = mask.query_ids if mask.key_ids is None else mask.key_ids
-            _check_inside("ids of Segments", mask.query_ids, 1, "query", _shifted(q, -mask.offset))
-            _check_inside("ids of Segments", keys, 1, "key", kv)
-        case Dense():
-            # Here a size of 1 serves every query, or every key.
-            for axis, token, asked in ((-2, "query", _shifted(q, -mask.offset)), (-1, "key", kv)):
-                if mask.allowed.shape[axis] != 1:
-                    _check_inside("allowed of Dense", mask.allowed, axis, token, asked)
-        case _:
-            pass
-
-
-def _shifted(positions: range | None, offset: Scalar) -> range | None:
+def _shifted(positions: tuple[Any, Any] | None, offset: Scalar) -> tuple[Any, Any] | None:
     if positions is None or checks.is_traced(offset):
         return None
-    return range(positions.start + int(offset), positions.stop + int(offset))
-
-
-def _check_inside(name: str, array: Any, axis: int, token: str, positions: range | None) -> None:
-    size = array.shape[axis]
-    if positions is not None and not 0 <= positions.start <= positions.stop <= size:
-        raise ValueError(
-            f"{name}, {checks.describe(array)}, ends at position {size - 1}, but {token} positions {positions.start} "
-            f"to {positions.stop - 1} were asked for: give an array that reaches every query and key, also cached ones"
-        )
+    return positions[0] + int(offset), positions[1] + int(offset)
 
 
 # How mask functions combine.
@@ -250,8 +227,7 @@ def position(name: str, value: Any, minimum: int = 0, ranks: tuple[int, ...] = (
     """A position as an int, also from a 0-d tensor of a cache of PyTorch, or as the array that it is."""
     if not checks.is_array(value):
         return checks.integer(name, value, minimum)
-    checks.scalar(name, value, minimum, ranks)
-    return value
+    return checks.scalar(name, value, minimum, ranks=ranks)
 
 
 def and_masks(*mask_functions: MaskMod) -> MaskFunction:
@@ -292,7 +268,7 @@ def sliding_window_overlay(sliding_window: int) -> MaskFunction:
     return MaskFunction(Window(checks.integer("sliding_window", sliding_window, minimum=1) - 1, None))
 
 
-def chunked_overlay(chunk_size: int, left_padding: Int[Array, "batch"] | int) -> MaskFunction:
+def chunked_overlay(chunk_size: int, left_padding: Int[Array | np.ndarray, "batch"] | int) -> MaskFunction:
     """The keys in the query's chunk. The first chunk begins after ``left_padding`` tokens, an int or ``[batch]``.
 
     >>> chunked_overlay(2, jnp.array([1]))(0, 0, 2, jnp.arange(4))
@@ -340,7 +316,7 @@ def sliding_window_bidirectional_mask_function(sliding_window: int) -> MaskFunct
     return and_masks(sliding_window_bidirectional_overlay(sliding_window), bidirectional_mask_function)
 
 
-def chunked_causal_mask_function(chunk_size: int, left_padding: Int[Array, "batch"] | int) -> MaskFunction:
+def chunked_causal_mask_function(chunk_size: int, left_padding: Int[Array | np.ndarray, "batch"] | int) -> MaskFunction:
     """The keys in the query's chunk, up to the query itself: a causal :func:`chunked_overlay`."""
     return and_masks(chunked_overlay(chunk_size, left_padding), causal_mask_function)
 

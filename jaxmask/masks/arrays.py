@@ -246,8 +246,9 @@ def refuse_other_keys(mask: Mask, name: str, array: Any, extent: Extent) -> None
     if extent.key_length is None:
         if is_beyond(extent.keys, keys):
             raise ValueError(
-                f"{name} of {kind} describes {keys} keys ({checks.describe(array)}), but keys up to position "
-                f"{extent.keys and extent.keys[1]} were asked for: it must cover every key"
+                f"{name} of {kind}, {checks.describe(array)}, ends at position {keys - 1}, but key positions "
+                f"{extent.keys and extent.keys[0]} to {extent.keys and extent.keys[1]} were asked for: it must cover "
+                "every key"
             )
     elif keys != extent.key_length:
         raise ValueError(
