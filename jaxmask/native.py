@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int
 
+from jaxmask import checks
 from jaxmask.indices import Index, by_example, iota
 from jaxmask.positions import LIMIT, Positions, Scalar
 
@@ -50,7 +51,7 @@ class Native:
             _intersection(self.interval, other.interval),
         )
 
-    def keys(self, b: Index, q: Index, key_length: int) -> tuple[Any, Any]:
+    def keys(self, b: Index, q: Index, key_length: checks.Length) -> tuple[Any, Any]:
         """The keys of each query as an interval ``[start, end)`` within ``[0, key_length)``: int32."""
         start, end = jnp.int32(0), jnp.int32(key_length)
         if self.left is not None:
@@ -85,7 +86,7 @@ class Split(Generic[M]):
     residual: M
     terms: Native
     positions: Positions
-    batch: int
+    batch: checks.Length
 
     @property
     def key_interval(self) -> tuple[Int[Array, "batch q"], Int[Array, "batch q"]]:
@@ -101,7 +102,7 @@ class Split(Generic[M]):
         return start < end
 
 
-def split(parts: Iterable[Any], at: Positions, batch: int, neutral: M, *, intervals: bool) -> Split[M]:
+def split(parts: Iterable[Any], at: Positions, batch: checks.Length, neutral: M, *, intervals: bool) -> Split[M]:
     """Take the native terms of masks that are joined by ``&``. See :meth:`Mask.split`.
 
     Args:

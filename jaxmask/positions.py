@@ -13,10 +13,10 @@ from jaxmask.indices import Index, by_batch, by_example, common, lookup
 from jaxmask.spans import Span
 
 # A Python int is static structure; an array in its place is traced.
-Scalar = int | Int[Array | np.ndarray, ""]
-Offset = int | Int[Array | np.ndarray, ""] | Int[Array | np.ndarray, "batch"]
-QueryPositions = Int[Array | np.ndarray, "q"] | Int[Array | np.ndarray, "batch q"]
-KeyPositions = Int[Array | np.ndarray, "kv"] | Int[Array | np.ndarray, "batch kv"]
+Scalar = int | Int[Array | np.ndarray | np.integer[Any], ""]
+Offset = Scalar | Int[Array | np.ndarray, "#batch"]
+QueryPositions = Int[Array | np.ndarray, "q"] | Int[Array | np.ndarray, "#batch q"]
+KeyPositions = Int[Array | np.ndarray, "kv"] | Int[Array | np.ndarray, "#batch kv"]
 
 # Positions lie between -LIMIT and LIMIT, so that the difference of two of them fits an int32.
 LIMIT = 2**30
@@ -98,12 +98,12 @@ class Positions:
         return cls(query_length, key_length, offset, query_positions, key_positions, is_aligned)
 
     @property
-    def batch(self) -> int:
+    def batch(self) -> checks.Length:
         """The number of examples that the positions tell apart, or 1."""
         return common(*self.batches.values())
 
     @property
-    def batches(self) -> dict[str, int]:
+    def batches(self) -> dict[str, checks.Length]:
         """The number of examples in each argument that has one for each example."""
         arrays: dict[str, tuple[Any, int]] = {
             "offset": (self.first, 1),
@@ -151,7 +151,7 @@ class Positions:
         return Span(lookup(self.queries, b=b, q=indices), 2, size)
 
 
-def _each(name: str, positions: Any, length: int, what: str, minimum: int) -> Any:
+def _each(name: str, positions: Any, length: checks.Length, what: str, minimum: int) -> Any:
     """The position of each query or key, checked, as int32."""
     positions = checks.int32(name, checks.array(name, positions, "i", 1, 2), minimum, LIMIT)
     if positions.shape[-1] != length:

@@ -21,7 +21,7 @@ from jaxmask.spans import Bounds, Span
 from jaxmask.tiles import from_bounds
 
 # The numbers of examples and heads, as far as the caller tells them.
-Sizes = tuple[int | None, int | None]
+Sizes = tuple[checks.Length | None, checks.Length | None]
 
 
 # The offset is traced even where it is a Python int, so that decoding step by step compiles once.
@@ -62,7 +62,7 @@ _traced_states = jax.jit(_states, static_argnums=(2, 3))
 
 def _read(
     mask: Description, at: Positions, sizes: Sizes, look: Callable[[Any, Any], tuple[Allowed, ...]]
-) -> tuple[tuple[Allowed, ...], int, int]:
+) -> tuple[tuple[Allowed, ...], checks.Length, checks.Length]:
     """What ``look(b, h)`` says of all examples and heads, and how many of them it tells apart."""
     batch, heads, _ = mask.shape
     for name, size in at.batches.items():

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import numpy as np
 from jaxtyping import Array, Int
 
+from jaxmask import checks
 from jaxmask.indices import Allowed, library
 
 # Whether some pair of each tile may attend, and whether every pair may.
@@ -30,7 +31,7 @@ class Span:
 
     indices: Int[Array | np.ndarray, "..."]
     axis: Literal[2, 3]
-    size: int
+    size: checks.Length
     first: Int[Array | np.ndarray, "..."] | int = 0
 
     def at(self, positions: Int[Array | np.ndarray, "..."]) -> "Span":

@@ -95,7 +95,7 @@ class _AtPositions(Mask):
     shape_is_complete = True
 
     @property
-    def shape(self) -> tuple[int, int, int]:
+    def shape(self) -> checks.Shape:
         batch, heads, _ = self.mask.shape
         return batch if self.position_ids is None else common(batch, self.position_ids.shape[0]), heads, 1
 
@@ -140,7 +140,7 @@ class ForBatch(Mask):
     shape_is_complete = True
 
     @property
-    def shape(self) -> tuple[int, int, int]:
+    def shape(self) -> checks.Shape:
         return self.batch_size, 1, 1
 
     def check(self, extent: Extent) -> None:

@@ -44,7 +44,7 @@ class Padding(Mask):
             self._set(valid=self.valid != 0)
 
     @property
-    def shape(self) -> tuple[int, int, int]:
+    def shape(self) -> checks.Shape:
         return self.valid.shape[0], 1, self.valid.shape[1]
 
     def check(self, extent: Extent) -> None:
@@ -83,8 +83,8 @@ class Segments(Mask):
              [False, False,  True]]]], dtype=bool)
     """
 
-    query_ids: Int[Array | np.ndarray, "batch q"]
-    key_ids: Int[Array | np.ndarray, "batch kv"] | None = None
+    query_ids: Int[Array | np.ndarray, "#batch q"]
+    key_ids: Int[Array | np.ndarray, "#batch kv"] | None = None
     offset: Scalar = 0
     consecutive: bool = False
 
@@ -114,7 +114,7 @@ class Segments(Mask):
                     raise ValueError(f"consecutive is True, but row {row} of the ids returns to an id: {ids!r}")
 
     @property
-    def shape(self) -> tuple[int, int, int]:
+    def shape(self) -> checks.Shape:
         return common(self.query_ids.shape[0], self._keys.shape[0]), 1, self._keys.shape[1]
 
     def check(self, extent: Extent) -> None:
@@ -209,7 +209,7 @@ class Dense(Mask):
         self._set(offset=checks.scalar("offset", self.offset, -LIMIT, LIMIT))
 
     @property
-    def shape(self) -> tuple[int, int, int]:
+    def shape(self) -> checks.Shape:
         batch, heads, _, kv = (1, 1, *self.allowed.shape)[-4:]
         return batch, heads, kv
 

@@ -60,7 +60,7 @@ class Predicate(Mask):
             raise TypeError(f"bounds must be a function of (b, h, q, kv), got {checks.describe(self.bounds)}")
 
     @property
-    def shape(self) -> tuple[int, int, int]:
+    def shape(self) -> checks.Shape:
         return self.batch or 1, self.heads or 1, 1
 
     def allows(self, b: Index, h: Index, q: Index, kv: Index) -> Allowed:
@@ -88,7 +88,7 @@ class Predicate(Mask):
         # A size of 1 serves every index, as in broadcasting.
         return 0 if self.batch == 1 else b, 0 if self.heads == 1 else h
 
-    def _checked(self, name: str, fn: object, result: Any, shape: tuple[int, ...]) -> Allowed:
+    def _checked(self, name: str, fn: object, result: Any, shape: tuple[checks.Length, ...]) -> Allowed:
         if getattr(result, "dtype", None) != jnp.bool_:
             raise TypeError(f"{name} of Predicate must return bool, got {checks.describe(result)} from {fn!r}")
         if not checks.broadcasts_to(result.shape, shape):
@@ -140,7 +140,7 @@ class PerHead(Mask):
         common_shape(self.masks, "masks of PerHead")
 
     @property
-    def shape(self) -> tuple[int, int, int]:
+    def shape(self) -> checks.Shape:
         batch, _, kv = common_shape(self.masks, "masks of PerHead")
         return batch, len(self.masks), kv
 

@@ -151,7 +151,7 @@ class Chunked(Mask):
         )
 
     @property
-    def shape(self) -> tuple[int, int, int]:
+    def shape(self) -> checks.Shape:
         return np.size(self.start), 1, 1
 
     def allows(self, b: Index, h: Index, q: Index, kv: Index) -> Allowed:
@@ -201,7 +201,7 @@ class Prefix(Mask):
         self._set(length=checks.scalar("length", self.length, minimum=0, ranks=(0, 1)))
 
     @property
-    def shape(self) -> tuple[int, int, int]:
+    def shape(self) -> checks.Shape:
         return np.size(self.length), 1, 1
 
     def allows(self, b: Index, h: Index, q: Index, kv: Index) -> Allowed:
