@@ -73,7 +73,7 @@ class Run(NDArrayOperatorsMixin):
 
 
 # An index array, an integer, or a run, that broadcasts against the others.
-Index = Int[Array | np.ndarray | np.integer[Any], "..."] | int | Run
+Index = Int[Array | np.ndarray, "..."] | np.integer[Any] | int | Run
 Allowed = Bool[Array | np.ndarray, "..."] | bool | np.bool_
 
 

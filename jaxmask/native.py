@@ -10,7 +10,7 @@ from typing import Any, Generic, TypeVar
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Bool, Integer
 
 from jaxmask import checks
 from jaxmask.indices import Index, by_example, iota
@@ -40,7 +40,7 @@ class Native:
 
     left: Scalar | None = None
     right: Scalar | None = None
-    length: Scalar | Int[Array | np.ndarray, "batch"] | None = None
+    length: Scalar | Integer[Array | np.ndarray, "batch"] | None = None
     interval: Interval | None = None
 
     def __and__(self, other: "Native") -> "Native":
@@ -82,14 +82,14 @@ class Split(Generic[M]):
 
     is_causal: bool
     local_window_size: tuple[int, int] | None
-    key_value_seq_lengths: Int[Array | np.ndarray, "batch"] | None
+    key_value_seq_lengths: Integer[Array | np.ndarray, "batch"] | None
     residual: M
     terms: Native
     positions: Positions
     batch: checks.Length
 
     @property
-    def key_interval(self) -> tuple[Int[Array, "batch q"], Int[Array, "batch q"]]:
+    def key_interval(self) -> tuple[Integer[Array, "batch q"], Integer[Array, "batch q"]]:
         """The keys that the arguments leave to each query, ``[start, end)``: int32 ``[batch|1, q]`` each."""
         at, b = self.positions, iota(self.batch, 0)
         ends = self.terms.keys(b, at.of_queries(b, iota(at.query_length, 2)), at.key_length)

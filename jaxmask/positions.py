@@ -6,17 +6,17 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jaxtyping import Array, Int
+from jaxtyping import Array, Integer
 
 from jaxmask import checks
 from jaxmask.indices import Index, by_batch, by_example, common, lookup
 from jaxmask.spans import Span
 
 # A Python int is static structure; an array in its place is traced.
-Scalar = int | Int[Array | np.ndarray | np.integer[Any], ""]
-Offset = Scalar | Int[Array | np.ndarray, "#batch"]
-QueryPositions = Int[Array | np.ndarray, "q"] | Int[Array | np.ndarray, "#batch q"]
-KeyPositions = Int[Array | np.ndarray, "kv"] | Int[Array | np.ndarray, "#batch kv"]
+Scalar = int | np.integer[Any] | Integer[Array | np.ndarray, ""]
+Offset = Scalar | Integer[Array | np.ndarray, "#batch"]
+QueryPositions = Integer[Array | np.ndarray, "q"] | Integer[Array | np.ndarray, "#batch q"]
+KeyPositions = Integer[Array | np.ndarray, "kv"] | Integer[Array | np.ndarray, "#batch kv"]
 
 # Positions lie between -LIMIT and LIMIT, so that the difference of two of them fits an int32.
 LIMIT = 2**30

@@ -35,7 +35,7 @@ settings.load_profile("jaxmask")
 
 @pytest.fixture(autouse=True)
 def annotations_are_checked(request: pytest.FixtureRequest) -> Iterator[None]:
-    """But where a test is about bad input, which is refused without them, or exports symbolic sizes, which are no ints."""
+    """But where a test is about bad input, or exports symbolic sizes, which stand for ints."""
     config.update("jaxtyping_disable", any(word in request.node.nodeid for word in ("bad", "refuse", "export")))
     yield
     config.update("jaxtyping_disable", False)

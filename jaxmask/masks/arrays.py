@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Bool, Integer
 
 from jaxmask import checks
 from jaxmask.description import is_beyond
@@ -32,7 +32,7 @@ class Padding(Mask):
     Array([[[[False,  True,  True]]]], dtype=bool)
     """
 
-    valid: Bool[Array | np.ndarray, "batch kv"] | Int[Array | np.ndarray, "batch kv"]
+    valid: Bool[Array | np.ndarray, "batch kv"] | Integer[Array | np.ndarray, "batch kv"]
 
     reads_queries, keys_by_index, shape_is_complete = False, True, True
 
@@ -83,8 +83,8 @@ class Segments(Mask):
              [False, False,  True]]]], dtype=bool)
     """
 
-    query_ids: Int[Array | np.ndarray, "#batch q"]
-    key_ids: Int[Array | np.ndarray, "#batch kv"] | None = None
+    query_ids: Integer[Array | np.ndarray, "#batch q"]
+    key_ids: Integer[Array | np.ndarray, "#batch kv"] | None = None
     offset: Scalar = 0
     consecutive: bool = False
 

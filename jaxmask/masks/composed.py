@@ -6,6 +6,7 @@ from functools import reduce
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 
 from jaxmask import checks
 from jaxmask.indices import Allowed, Index
@@ -46,8 +47,8 @@ class Predicate(Mask):
     """
 
     fn: Callable[[Any, Any, Any, Any], Any]
-    batch: int | None = None
-    heads: int | None = None
+    batch: int | np.integer[Any] | None = None
+    heads: int | np.integer[Any] | None = None
     bounds: Callable[[Any, Any, Span, Span], Bounds] | None = None
 
     def __post_init__(self) -> None:

@@ -4,7 +4,7 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int
+from jaxtyping import Array, Integer
 
 from jaxmask import checks
 from jaxmask.indices import Allowed, Index, by_example
@@ -140,7 +140,7 @@ class Chunked(Mask):
     """
 
     size: Scalar
-    start: Scalar | Int[Array | np.ndarray, "batch"] = 0
+    start: Scalar | Integer[Array | np.ndarray, "batch"] = 0
 
     shape_is_complete = True
 
@@ -193,7 +193,7 @@ class Prefix(Mask):
              [ True,  True,  True]]]], dtype=bool)
     """
 
-    length: Scalar | Int[Array | np.ndarray, "batch"]
+    length: Scalar | Integer[Array | np.ndarray, "batch"]
 
     reads_queries, shape_is_complete = False, True
 
