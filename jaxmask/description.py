@@ -187,7 +187,7 @@ class Description:
         return tuple(zip(keys, children, strict=True)), structure
 
     @classmethod
-    def _unflatten(cls, structure: _Structure, children: Iterable[Any]) -> "Description":
+    def _unflatten(cls, structure: _Structure, children: Iterable[Any]) -> Any:
         traced, static = structure
         mask = object.__new__(cls)
         mask._set(**dict(static), **dict(zip(traced, children, strict=True)), _traced_names=traced)

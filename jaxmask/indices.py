@@ -161,7 +161,7 @@ def _slice(array: Any, axis: int, run: Run) -> Any:
     """The elements of a run along one axis, the first and the last repeated for positions beyond them."""
     size, length = run.size, array.shape[axis]
     if is_static(array, run):
-        return array.take(np.arange(run.start, run.start + size), axis, mode="clip")
+        return array.take(run.positions.reshape(-1), axis, mode="clip")
     near = min(size, length)
     start = jnp.clip(run.start, 0, length - near)
     part = lax.dynamic_slice_in_dim(array, start, near, axis)

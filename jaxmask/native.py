@@ -119,7 +119,8 @@ def split(parts: Iterable[Any], at: Positions, batch: checks.Length, neutral: M,
             terms = terms & said
         else:
             residual = residual & part
-    left, right, length = (None, None, None) if intervals else (terms.left, terms.right, terms.length)
+    limits: tuple[Any, ...] = (None, None, None) if intervals else (terms.left, terms.right, terms.length)
+    left, right, length = limits
     if at.query_length == 1 and right is not None:
         # For a single query, as in a step of decoding, a limit after its position is a number of keys.
         position = at.start if at.queries is None else at.queries[..., 0]

@@ -87,8 +87,8 @@ class Positions:
             query_positions = _each("query_positions", query_positions, query_length, "queries", -LIMIT)
         if key_positions is not None:
             # Every negative position is an empty slot.
-            key_positions = _each("key_positions", key_positions, key_length, "keys", -checks.INT32_MAX)
-            key_positions = key_positions.clip(-1)
+            slots = _each("key_positions", key_positions, key_length, "keys", -checks.INT32_MAX)
+            key_positions = slots.clip(-1)
             if offset is None and query_positions is None:
                 raise ValueError(
                     "offset is missing: key_positions says where the keys are, but not where the queries are; say "
@@ -144,7 +144,7 @@ class Positions:
         """The positions of the keys of these indices."""
         return index if self.keys is None else lookup(self.keys, b=b, kv=index)
 
-    def query_span(self, b: Index, indices: Index, size: int) -> Span:
+    def query_span(self, b: Index, indices: Integer[Array | np.ndarray, "..."], size: int) -> Span:
         """The positions of all queries, in tiles of ``size``."""
         if self.queries is None:
             return Span(indices, 2, size, by_batch(self.start))

@@ -62,7 +62,7 @@ class TileMap:
     """
 
     states: Int8[Array | np.ndarray, "..."]
-    mask: Description
+    mask: Any  # a Mask, whose module is built on this one
     offset: Offset
     query_length: checks.Length
     key_length: checks.Length

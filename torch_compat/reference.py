@@ -6,6 +6,8 @@ decides about float64, where Transformers also needs the global default dtype; a
 not fit are a ``ValueError``, where PyTorch raises a ``RuntimeError`` deep inside.
 """
 
+# pyright: reportUnusedFunction=false, reportPrivateUsage=false
+
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 

@@ -8,6 +8,9 @@ Transformers has had no such module since 5.24. ``device`` is accepted and ignor
 that makes it runs. Each function is documented at the function in :mod:`jaxmask.hf.converter` that it calls.
 """
 
+# The names of Transformers begin with underscores.
+# pyright: reportUnusedFunction=false
+
 from collections.abc import Sequence
 from dataclasses import dataclass
 

@@ -1,5 +1,7 @@
 """The uses with which the original converter was first published, each against its meaning in PyTorch, bit for bit."""
 
+# pyright: reportPrivateUsage=false
+
 import warnings
 from collections.abc import Iterator
 

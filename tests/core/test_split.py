@@ -17,7 +17,7 @@ Bools = npt.NDArray[np.bool_]
 at_indices = problems(slots=False)
 
 
-def read(split: Split, query_length: int, key_length: int) -> Bools:
+def read(split: Split[Mask], query_length: int, key_length: int) -> Bools:
     """The arguments as ``jax.nn.dot_product_attention`` documents them, with neither a position nor an offset."""
     q, kv = np.arange(query_length)[:, None], np.arange(key_length)
     allowed = np.ones((1, 1, query_length, key_length), np.bool_)
@@ -51,7 +51,7 @@ def test_a_row_has_keys_where_the_arguments_leave_any(case: Drawn) -> None:
     np.testing.assert_array_equal(split.has_keys(), rows)
 
 
-def numbers(split: Split) -> tuple[Any, ...]:
+def numbers(split: Split[Mask]) -> tuple[Any, ...]:
     lengths = split.key_value_seq_lengths
     return split.is_causal, split.local_window_size, None if lengths is None else np.asarray(lengths).tolist()
 

@@ -1,5 +1,7 @@
 """Cross-attention over padded texts: the logits of T5 in Flax are PyTorch's, all at once, in chunks, step by step."""
 
+# pyright: reportPrivateUsage=false
+
 from typing import Any
 
 import jax

@@ -1,5 +1,7 @@
 """Training on packed documents is training on the documents one by one, in PyTorch."""
 
+# pyright: reportMissingTypeStubs=false
+
 from typing import Any
 
 import jax

@@ -1,5 +1,7 @@
 """``jaxmask.hf.masking_utils`` is Transformers' module on JAX arrays; its tiles are PyTorch's block masks."""
 
+# pyright: reportPrivateUsage=false
+
 import inspect
 import subprocess
 import sys

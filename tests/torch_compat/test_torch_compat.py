@@ -1,5 +1,7 @@
 """Both sides agree, and the comparison that says so can fail."""
 
+# pyright: reportPrivateUsage=false
+
 import json
 import re
 import subprocess
