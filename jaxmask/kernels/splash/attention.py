@@ -169,12 +169,13 @@ def to_splash(
         raise TypeError(f"block_sizes must be the BlockSizes of splash attention, got {checks.describe(block_sizes)}")
     blocks = default_blocks(query_length, key_length) if block_sizes is None else block_sizes
     check_blocks(blocks, query_length, key_length)
-    told = (size and checks.integer(name, size, minimum=1) for name, size in (("batch", batch), ("heads", heads)))
+    batch = None if batch is None else checks.integer("batch", batch, minimum=1)
+    heads = None if heads is None else checks.integer("heads", heads, minimum=1)
 
     mask, at = placed(mask, query_length, key_length, offset, None, None)
     # How many examples and heads the mask tells apart: two queries and keys say as much as all.
     few = replace(at, query_length=2, key_length=2)
-    sizes = jax.eval_shape(partial(reading.dense, sizes=tuple(told)), mask, few).shape[:2]
+    sizes = jax.eval_shape(partial(reading.dense, sizes=(batch, heads)), mask, few).shape[:2]
     segments, of_keys, remainder = decide.divide(mask, sizes)
     traced = decide.trace(remainder, sizes)
     smallest = min(size for size in (blocks.block_q, blocks.block_q_dkv, blocks.block_q_dq, NUM_LANES) if size)

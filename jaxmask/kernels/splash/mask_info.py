@@ -124,8 +124,9 @@ def mask_info(
         else:
             blocks, numbers = _static_blocks(tiled, is_partial, block, by_key)
         mask_next = turned(_small(xp.take_along_axis(numbers, order, 3), blocks.shape[1]))
+    q_sequence: Any = tiled.q_sequence
     data_next, block_mask = turned(_small(data_next, columns)), turned(_small(states, FULL + 1))
-    return MaskInfo(data_next, mask_next, block_mask, blocks, tiled.q_sequence), overflows  # pyright: ignore[reportArgumentType]
+    return MaskInfo(data_next, mask_next, block_mask, blocks, q_sequence), overflows
 
 
 def _static_blocks(tiled: TiledMask, is_partial: Any, block: tuple[int, int], by_key: bool) -> tuple[Any, Any]:
