@@ -194,6 +194,7 @@ class Dense(Mask):
         TypeError: ``allowed`` is not bool.
         ValueError: ``allowed`` has another rank; a rank of 3 could mean batch or heads, and is not guessed.
 
+    >>> from jaxmask import Causal
     >>> (Causal() & Dense(jnp.array([[True, False, True]]))).dense(1, 3, offset=2)
     Array([[[[ True, False,  True]]]], dtype=bool)
     """

@@ -34,6 +34,7 @@ class Predicate(Mask):
         TypeError: ``fn`` or ``bounds`` is not callable or, when the mask is read, does not return bools.
         ValueError: when the mask is read, one returns a shape that does not broadcast to its arguments.
 
+    >>> from jaxmask import Causal
     >>> def strided(b, h, q, kv):
     ...     return kv % 2 == 0
     >>> (Causal() & Predicate(strided)).dense(1, 4, offset=3)
@@ -110,7 +111,7 @@ class PerHead(Mask):
         TypeError: ``masks`` is no list or tuple, or one of them no mask.
         ValueError: there is none; one has heads of its own; or they disagree on a size.
 
-    >>> from jaxmask import Full
+    >>> from jaxmask import Causal, Full
     >>> print(PerHead([Causal(), Full()]).dense(2, 2).astype(int))
     [[[[1 0]
        [1 1]]

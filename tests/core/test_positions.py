@@ -128,3 +128,9 @@ def test_explain_says_who_takes_no_positions() -> None:
     explanation = explain(x, x, x, Causal(), query_positions=np.arange(256)[::-1])
     assert explanation.implementation == "blocked"
     assert any("query_positions" in lack for lack in explanation.lacks["splash"])
+
+
+def test_a_mask_is_computed_in_the_program_and_is_no_constant_of_it() -> None:
+    jaxpr = jax.make_jaxpr(lambda: Causal().dense(64, 64))()
+    inner = [equation.params["jaxpr"] for equation in jaxpr.eqns if "jaxpr" in equation.params]
+    assert max(np.size(const) for program in (jaxpr, *inner) for const in (0, *program.consts)) <= 64
