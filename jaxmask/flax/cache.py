@@ -4,11 +4,9 @@ A token at position ``p`` of its row is in slot ``p`` of a layer that keeps all,
 with a window, which is a ring buffer. Padding has no slot. So the number of tokens in each row says what is where.
 """
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -226,9 +224,7 @@ class Cache:
             dtype: of key and value.
 
         Raises:
-            TypeError, ValueError: a size is no Python int of at least 1.
-            MemoryError: the cache would be larger than the memory that is free, of the device, or of all devices in a
-                trace; nothing was allocated.
+            TypeError, ValueError: a size is not an integer of at least 1.
         """
         batch, length = checks.integer("batch", batch, 1), checks.integer("length", length, 1)
         kv_heads, dim = checks.integer("kv_heads", kv_heads, 1), checks.integer("dim", dim, 1)
@@ -236,14 +232,6 @@ class Cache:
             raise ValueError("layers must give the window of each layer, or None for one that keeps all, got none")
         slots = [length if each is None else min(checks.integer("layers", each, 1), length) for each in layers]
         dtype = checks.float_dtype(dtype)
-        size = 2 * batch * sum(slots) * kv_heads * dim * dtype.itemsize
-        # In a trace, a cache may be made over all devices.
-        if size > (there := _memory() * (jax.device_count() if checks.is_traced(jnp.zeros(())) else 1)):
-            raise MemoryError(
-                f"the cache would take {size / 2**30:,.1f} GiB ({batch} rows, {sum(slots):,} slots in {len(slots)} "
-                f"layers, {kv_heads} heads of {dim}, keys and values in {dtype}), and {there / 2**30:,.1f} GiB are "
-                "free: make batch or length smaller"
-            )
         shapes = [(batch, each, kv_heads, dim) for each in slots]
         # Arrays of their own, so that they can be donated.
         kept = [LayerCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), shape[1] < length) for shape in shapes]
@@ -305,14 +293,3 @@ def consecutive(valid: Any) -> tuple[Any, Any, Any]:
             f"valid must have padding before or after the tokens of a row, not between them, got {valid!r}"
         )
     return count, padding, fits
-
-
-def _memory() -> int:
-    """The bytes of memory of a device that are free; without end, where nobody says."""
-    statistics = jax.local_devices()[0].memory_stats()
-    if statistics and "bytes_limit" in statistics:
-        return statistics["bytes_limit"] - statistics.get("bytes_in_use", 0)
-    if (linux := Path("/proc/meminfo")).exists():
-        available = dict(line.split(":") for line in linux.read_text(encoding="ascii").splitlines())["MemAvailable"]
-        return int(available.split()[0]) * 1024
-    return sys.maxsize

@@ -98,7 +98,6 @@ def generate(
     Raises:
         ValueError: a prompt is empty or does not fit the cache; a setting is out of range.
         TypeError: an argument has the wrong type or dtype.
-        MemoryError: the cache would be larger than the memory.
 
     Source of ``temperature``, ``top_k``, ``top_p``: the logits processors of these names in Transformers.
 

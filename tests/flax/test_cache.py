@@ -246,3 +246,10 @@ def test_positions_are_those_of_what_is_kept() -> None:
 def test_a_step_says_the_positions_of_its_tokens() -> None:
     step: Step = Cache.empty(2, 8, layers=[None], kv_heads=1, dim=1).step(3, np.array([[0, 1, 1], [1, 1, 0]], bool))
     assert step.positions.tolist() == [[-1, 0, 1], [0, 1, 2]]
+
+
+def test_the_shapes_of_a_cache_larger_than_any_memory_are_known() -> None:
+    cache = jax.eval_shape(lambda: Cache.empty(1024, 2**20, layers=[None, 4096] * 32, kv_heads=64, dim=128))
+    assert [layer.key.shape[1] for layer in cache.layers] == [2**20, 4096] * 32
+    assert {layer.value.dtype for layer in cache.layers} == {jnp.dtype(jnp.float32)}
+    assert cache.tokens.shape == (1024,)
