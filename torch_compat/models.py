@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from jaxmask import checks
-from jaxmask.flax.encoder import Encoder, EncoderConfig
+from jaxmask.flax import Encoder, EncoderConfig
 from torch_compat import decoders
 from torch_compat.bridge import to_jax
 from torch_compat.gguf_file import read as read_gguf

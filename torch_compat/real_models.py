@@ -9,7 +9,7 @@ from flax import nnx
 from transformers import AutoModel, AutoTokenizer
 from transformers.utils import logging
 
-from jaxmask.flax.encoder import mean_pool
+from jaxmask.flax import mean_pool
 from torch_compat import models
 from torch_compat.cases import minilm_folder
 from torch_compat.sentences import SENTENCES

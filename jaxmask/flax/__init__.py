@@ -2,9 +2,9 @@
 
 from jaxmask.attention_fn import make_attention_fn
 from jaxmask.flax.cache import Cache, LayerCache, Seen, Step
-from jaxmask.flax.decoder import Decoder, DecoderConfig, DecoderLayer, Llama3Scaling, Rope
-from jaxmask.flax.encoder import Encoder, EncoderConfig, mean_pool
-from jaxmask.flax.generate import Generated, generate, left_pad
+from jaxmask.flax.models.decoder import Decoder, DecoderConfig, DecoderLayer, Llama3Scaling, Rope
+from jaxmask.flax.models.encoder import Encoder, EncoderConfig, mean_pool
+from jaxmask.flax.models.generate import Generated, generate, left_pad
 
 __all__ = [
     "Cache",

@@ -11,7 +11,7 @@ from flax import nnx
 from transformers import BertConfig, BertModel
 
 from jaxmask import Padding
-from jaxmask.flax.encoder import Encoder, EncoderConfig, mean_pool
+from jaxmask.flax import Encoder, EncoderConfig, mean_pool
 from torch_compat import models
 
 BATCH, LENGTH = 4, 12

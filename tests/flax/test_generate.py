@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from transformers.generation.logits_process import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from jaxmask.flax import Decoder, DecoderConfig, DecoderLayer, generate, left_pad
-from jaxmask.flax.generate import decode, likely, prefill
+from jaxmask.flax.models.generate import decode, likely, prefill
 from tests.helpers.tiny import tiny_llama
 from torch_compat.models import load
 

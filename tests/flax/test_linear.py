@@ -11,7 +11,7 @@ from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxmask.flax.linear import Linear, project
+from jaxmask.flax.models.layers import Linear, project
 
 SHAPES = st.tuples(st.lists(st.integers(0, 5), max_size=3), st.integers(1, 9), st.integers(1, 24))
 

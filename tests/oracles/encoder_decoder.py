@@ -10,7 +10,7 @@ import numpy as np
 from flax import nnx
 
 from jaxmask import Causal, Mask, Padding, attention
-from jaxmask.flax.linear import Linear
+from jaxmask.flax.models.layers import Linear
 from torch_compat.models import Architecture, Names, embedding, linear, norm
 
 # Of each layer of the decoder, the keys and values of all positions that there will ever be.

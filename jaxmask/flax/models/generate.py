@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxmask import checks
 from jaxmask.flax.cache import Cache
-from jaxmask.flax.decoder import Decoder
+from jaxmask.flax.models.decoder import Decoder
 
 
 class Generated(NamedTuple):

@@ -19,8 +19,7 @@ from jaxtyping import Array, Bool, DTypeLike, Float, Int
 from jaxmask import checks
 from jaxmask.dispatch import Implementation, attention
 from jaxmask.flax.cache import Cache, LayerCache, Step, check_valid, consecutive
-from jaxmask.flax.embed import embed
-from jaxmask.flax.linear import Linear, project
+from jaxmask.flax.models.layers import Linear, embed, project
 from jaxmask.mask import Full, Mask
 from jaxmask.masks import Causal, Chunked, Padding, Segments, SlidingWindow
 

@@ -12,8 +12,7 @@ from jaxtyping import Array, Bool, DTypeLike, Float, Int
 
 from jaxmask import checks
 from jaxmask.dispatch import Implementation, attention
-from jaxmask.flax.embed import embed
-from jaxmask.flax.linear import Linear
+from jaxmask.flax.models.layers import Linear, embed
 from jaxmask.mask import Full, Mask
 from jaxmask.masks import Padding
 
