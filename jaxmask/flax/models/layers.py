@@ -1,4 +1,4 @@
-"""Layers that the models share: linear projections and token embeddings."""
+"""What the models share: linear projections, token embeddings, and the check of sizes."""
 
 import jax
 import jax.numpy as jnp
@@ -55,3 +55,14 @@ def embed(
     if valid is not None:
         is_unknown = is_unknown & valid
     return jnp.where(is_unknown[..., None], jnp.nan, table(clipped))
+
+
+def convert_sizes(config: object, *names: str) -> None:
+    """Make these fields of a frozen dataclass Python ints of at least 1.
+
+    Raises:
+        TypeError: a size is not an integer.
+        ValueError: a size is less than 1.
+    """
+    for name in names:
+        object.__setattr__(config, name, checks.integer(name, getattr(config, name), 1))
