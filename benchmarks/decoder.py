@@ -28,7 +28,7 @@ from transformers import DynamicCache
 
 import jaxmask
 from jaxmask.flax import Cache, LayerCache
-from jaxmask.flax.generate import decode, prefill
+from jaxmask.flax.models.generate import decode, prefill
 from torch_compat.models import load
 from torch_compat.verify.smollm2 import in_pytorch
 

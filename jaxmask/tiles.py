@@ -61,9 +61,9 @@ class TileMap:
     [1 2] [0 1]
     """
 
-    states: Int8[Array | np.ndarray | jax.ShapeDtypeStruct, "..."]
+    states: Int8[Array | np.ndarray, "..."]
     mask: Any  # a Mask, whose module is built on this one
-    offset: Offset | jax.ShapeDtypeStruct
+    offset: Offset
     query_length: checks.Length
     key_length: checks.Length
     block: tuple[int, int]

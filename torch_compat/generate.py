@@ -21,8 +21,8 @@ from rich.text import Text
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME, logging
 
-from jaxmask.flax.decoder import Decoder
-from jaxmask.flax.generate import check_settings, generate, left_pad
+from jaxmask.flax import Decoder, generate, left_pad
+from jaxmask.flax.models.generate import check_settings
 from torch_compat import models
 from torch_compat.weights import smollm2_checkpoint
 

@@ -12,6 +12,7 @@ import transformers
 from flax import nnx
 
 from jaxmask import Segments
+from jaxmask.flax import DecoderConfig, DecoderLayer
 from torch_compat.models import load
 
 PROMPT, STEPS, WINDOW = 12, 16, 5
@@ -113,15 +114,15 @@ def test_chunks_and_then_steps_have_the_logits_of_transformers(pair: tuple[Any, 
     tokens, valid = batch()
     wanted = of_transformers(pair[0], tokens, valid)
     step, cache = step_of(pair[1]), pair[1].empty_cache(3, LENGTH)
-    found: list[Any] = []
+    actual: list[Any] = []
     for start in range(0, PROMPT, 4):
         part = slice(start, start + 4)
         logits, cache = step(cache, tokens[:, part], valid[:, part])
-        found.append(logits)
+        actual.append(logits)
     for at in range(PROMPT, LENGTH):
         logits, cache = step(cache, tokens[:, at : at + 1])
-        found.append(logits)
-    np.testing.assert_allclose(np.concatenate(found, 1)[valid], wanted[valid], rtol=0, atol=1e-5)
+        actual.append(logits)
+    np.testing.assert_allclose(np.concatenate(actual, 1)[valid], wanted[valid], rtol=0, atol=1e-5)
 
 
 def test_padding_on_the_right_changes_nothing(pair: tuple[Any, Any]) -> None:
@@ -203,3 +204,10 @@ def test_gradients_of_llama_4_are_finite_where_there_is_padding() -> None:
         return jnp.where(valid[..., None], nnx.merge(graph, state)(tokens, valid)[0], 0).sum()
 
     assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(jax.grad(loss)(state)))
+
+
+def test_sizes_of_numpy_become_python_integers() -> None:
+    sizes = {"vocab_size": 16, "dim": 8, "hidden_dim": 16, "heads": 2, "kv_heads": 1, "head_dim": 4}
+    layers = (DecoderLayer(window=np.int64(3), chunk=np.int32(5)),)  # pyright: ignore[reportArgumentType]
+    config = DecoderConfig(**{name: np.int64(size) for name, size in sizes.items()}, layers=layers)  # pyright: ignore[reportArgumentType]
+    assert {type(getattr(config, name)) for name in sizes} == {type(layers[0].window), type(layers[0].chunk)} == {int}

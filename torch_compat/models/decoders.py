@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from jaxmask.flax.decoder import Decoder, DecoderConfig, DecoderLayer, Llama3Scaling, Rope
+from jaxmask.flax.models.decoder import Decoder, DecoderConfig, DecoderLayer, Llama3Scaling, Rope
 from torch_compat.models.names import Names, Transform, embedding, linear, norm, same
 
 _ACTIVATIONS: dict[str, Any] = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from jaxmask.flax.encoder import Encoder, EncoderConfig
+from jaxmask.flax.models.encoder import Encoder, EncoderConfig
 from torch_compat.models.names import Names, embedding, linear, norm
 
 

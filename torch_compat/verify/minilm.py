@@ -10,7 +10,7 @@ from transformers import AutoModel, AutoTokenizer
 from transformers.utils import logging
 
 import jaxmask
-from jaxmask.flax.encoder import mean_pool
+from jaxmask.flax.models.encoder import mean_pool
 from torch_compat.bridge import same_bits, to_jax, to_torch
 from torch_compat.models import load
 from torch_compat.verify.model_checks import Measure, ModelCheck

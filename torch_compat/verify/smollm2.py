@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 from jaxmask.flax import generate, left_pad
-from jaxmask.flax.generate import decode, prefill
+from jaxmask.flax.models.generate import decode, prefill
 from torch_compat.models import load
 from torch_compat.verify.model_checks import Measure, ModelCheck
 from torch_compat.verify.sentences import SENTENCES

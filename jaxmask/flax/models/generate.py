@@ -1,8 +1,8 @@
-"""Text from a :class:`Decoder`: a prompt at once, and then token by token in one compiled loop."""
+"""Text from a :class:`Decoder`: one call for the prompts, then a compiled loop that adds a token at a time."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,15 +14,22 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxmask import checks
 from jaxmask.flax.cache import Cache
-from jaxmask.flax.decoder import Decoder
+from jaxmask.flax.models.decoder import Decoder
+
+OnTokens = Callable[[np.ndarray, np.ndarray], None]
+# How to draw a token: a key, a temperature and top_p.
+Draw = tuple[Array, Float[Array, ""], Float[Array, ""] | None]
+# The number of tokens so far, the last of each row, the cache, which rows have ended, their lengths, and all tokens.
+Carry = tuple[Array, Array, Cache | None, Array, Array, Array]
+Weights = nnx.State[Hashable, object]
 
 
 class Generated(NamedTuple):
     """What :func:`generate` returns.
 
     Args:
-        tokens: int32 ``[batch, max_new_tokens]``; after the end of a row, ``pad``; -1 where the logits are NaN.
-        lengths: int32 ``[batch]``, how many tokens each row has, the one that ends it included.
+        tokens: int32 ``[batch, max_new_tokens]``. ``pad`` follows the end of a row. NaN logits give -1.
+        lengths: int32 ``[batch]``, the number of tokens in each row, with the one that ends it.
     """
 
     tokens: Int[Array, "batch new"]
@@ -33,15 +40,15 @@ def left_pad(prompts: Sequence[Sequence[int] | np.ndarray], pad: int = 0) -> tup
     """Prompts of any lengths as one batch, padded on the left.
 
     Args:
-        prompts: the tokens of each, at least one.
+        prompts: the tokens of each prompt, at least one.
         pad: the token to fill with.
 
     Returns:
-        int32 ``[batch, length]`` tokens, and bool ``[batch, length]``, which are no padding.
+        The tokens, int32 ``[batch, length]``, and which of them are not padding, bool ``[batch, length]``.
 
     Raises:
-        ValueError: there is no prompt, or one of them is empty, or a token does not fit an int32.
-        TypeError: a token is no int.
+        ValueError: there is no prompt, a prompt is empty, or a token does not fit an int32.
+        TypeError: a token is not an integer.
 
     >>> tokens, valid = left_pad([[5, 6, 7], [8]])
     >>> tokens.tolist(), valid.tolist()
@@ -73,32 +80,31 @@ def generate(
     key: Array | None = None,
     end: Sequence[int] = (),
     pad: int = 0,
-    on_tokens: Callable[[np.ndarray, np.ndarray], None] | None = None,
+    on_tokens: OnTokens | None = None,
 ) -> Generated:
-    """Continue prompts; at temperature 0, each as it would be alone, whatever the padding.
+    """Continue prompts. At temperature 0, each continues as it would alone, whatever its padding.
 
-    It compiles for the shapes of the prompts and of ``end``, ``max_new_tokens``, ``cache_length``, ``top_k``, which
-    settings are left out, and ``on_tokens``: each new function compiles the loop again, so keep it.
+    Other shapes of ``tokens`` or ``end`` compile again, and so do another ``max_new_tokens``, ``cache_length``,
+    ``top_k`` or ``on_tokens``, and other settings that are ``None``. So pass the same function each time.
 
     Args:
         model: the decoder.
         tokens: the prompts.
-        valid: which tokens are no padding, on either side; ``None`` for all. See :func:`left_pad`.
-        max_new_tokens: how many to generate for each row at most, at least 1; static.
-        cache_length: for how many tokens in a row the cache has room; ``None`` for as many as are needed.
-        temperature: by which logits are divided before one is drawn; 0 takes the most likely, and needs no ``key``.
-        top_k: to draw from the ``top_k`` most likely only.
-        top_p: to draw from the most likely whose probabilities together reach ``top_p`` only.
-        key: of ``jax.random``.
-        end: tokens that end a row.
-        pad: what follows in a row that has ended.
-        on_tokens: called with each new token of every row, int32 ``[batch]``, and whether the row is still going on,
-            bool ``[batch]``, as soon as they are there.
+        valid: True for tokens, False for padding on either side; ``None`` if there is none. See :func:`left_pad`.
+        max_new_tokens: the most tokens to generate for each row, at least 1; static.
+        cache_length: the number of tokens that a row of the cache has room for; ``None`` for as many as needed.
+        temperature: divides the logits before a token is drawn. 0 takes the most likely token, and needs no ``key``.
+        top_k: draw from the ``top_k`` most likely tokens only.
+        top_p: draw from the most likely tokens whose probabilities together reach ``top_p`` only.
+        key: from ``jax.random.key``.
+        end: the tokens that end a row.
+        pad: the token that fills a row after its end.
+        on_tokens: called once for each step, as soon as it is done, with the new token of each row, int32 ``[batch]``,
+            and whether the row was still going on, bool ``[batch]``.
 
     Raises:
-        ValueError: a prompt is empty or does not fit the cache; a setting is out of range.
+        ValueError: a prompt is empty or does not fit the cache, or a setting is out of range.
         TypeError: an argument has the wrong type or dtype.
-        MemoryError: the cache would be larger than the memory.
 
     Source of ``temperature``, ``top_k``, ``top_p``: the logits processors of these names in Transformers.
 
@@ -110,7 +116,7 @@ def generate(
     """
     batch, length = checks.array("tokens", tokens, "i", 2).shape
     check_settings(max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p)
-    new = int(max_new_tokens)
+    new, vocab_size = int(max_new_tokens), model.config.vocab_size
     if not batch or not length:
         raise ValueError(f"tokens must hold prompts of at least one token, got {checks.describe(tokens)}")
     needed = length + new - 1
@@ -121,35 +127,32 @@ def generate(
         )
     if temperature and key is None:
         raise ValueError(f"key is missing: to draw tokens at temperature {temperature}, say key=jax.random.key(seed)")
-    if isinstance(end, int):
+    if isinstance(end, int | np.integer):
         raise TypeError(f"end must be a sequence of tokens, got {end}; say end=[{end}]")
-    if top_k is not None:
-        top_k = min(int(top_k), model.config.vocab_size)
     graph, state = nnx.split(model)
     cache = model.empty_cache(batch, needed if cache_length is None else cache_length)
-    cache.step(length, valid)  # here, where what is wrong with valid can still be refused
-    if valid is not None and not checks.is_traced(valid) and not (some := np.asarray(valid).any(1)).all():
-        raise ValueError(f"each prompt must have a token, but by valid that of row {int(some.argmin())} has none")
+    cache.step(length, valid)  # raises for a bad valid, which is traced in prefill
+    if valid is not None and not checks.is_traced(valid) and not (has_token := np.asarray(valid).any(1)).all():
+        raise ValueError(f"each prompt must have a token, but valid has none in row {int(has_token.argmin())}")
     if not checks.is_traced(tokens) and not checks.is_traced(valid):
         given = np.asarray(tokens)[... if valid is None else np.asarray(valid)]
-        if given.size and (given.min() < 0 or given.max() >= model.config.vocab_size):
+        if given.min() < 0 or given.max() >= vocab_size:
             raise ValueError(
-                f"tokens must be from 0 to {model.config.vocab_size - 1}, got {given.min()} to {given.max()}: is the "
-                "tokenizer that of the model?"
+                f"tokens must be from 0 to {vocab_size - 1}, got {given.min()} to {given.max()}; use the tokenizer of "
+                "the model"
             )
     logits, cache = prefill(graph, state, cache, jnp.asarray(tokens), None if valid is None else jnp.asarray(valid))
     draw = None if not temperature else (key, jnp.float32(temperature), None if top_p is None else jnp.float32(top_p))
-    ends = jnp.asarray(tuple(end), jnp.int32)
-    how: Any = {"new": new, "top_k": top_k, "on_tokens": on_tokens}
-    return decode(graph, state, cache, logits, draw, ends, jnp.int32(pad), **how)[0]
+    ends, top_k = jnp.asarray(tuple(end), jnp.int32), None if top_k is None else min(int(top_k), vocab_size)
+    return decode(graph, state, cache, logits, draw, ends, jnp.int32(pad), new=new, top_k=top_k, on_tokens=on_tokens)[0]
 
 
 def check_settings(*, max_new_tokens: int, temperature: float, top_k: int | None, top_p: float | None) -> None:
-    """What :func:`generate` asks of its settings, for who wants to know before there is a model.
+    """Check the settings of :func:`generate`, which needs no model.
 
     Raises:
         ValueError: a setting is out of range.
-        TypeError: it has the wrong type.
+        TypeError: a setting has the wrong type.
     """
     checks.integer("max_new_tokens", max_new_tokens, 1)
     if not 0 <= temperature < float("inf"):
@@ -161,52 +164,58 @@ def check_settings(*, max_new_tokens: int, temperature: float, top_k: int | None
 
 
 @partial(jax.jit, static_argnums=0, donate_argnums=2)
-def prefill(graph: Any, state: Any, cache: Cache, tokens: Any, valid: Any) -> tuple[Float[Array, "batch vocab"], Cache]:
+def prefill(
+    graph: nnx.GraphDef[Decoder],
+    state: Weights,
+    cache: Cache,
+    tokens: Int[Array, "batch length"],
+    valid: Bool[Array, "batch length"] | None,
+) -> tuple[Float[Array, "batch vocab"], Cache | None]:
     """The logits after each prompt, and the cache with the prompts."""
-    logits, cache = nnx.merge(graph, state)(tokens, valid, cache=cache, last_only=True)
-    return logits[:, 0], cache
+    logits, filled = nnx.merge(graph, state)(tokens, valid, cache=cache, last_only=True)
+    return logits[:, 0], filled
 
 
 @partial(jax.jit, static_argnums=0, static_argnames=("new", "top_k", "on_tokens"), donate_argnums=2)
 def decode(
-    graph: Any,
-    state: Any,
+    graph: nnx.GraphDef[Decoder],
+    state: Weights,
     cache: Cache,
-    logits: Any,
-    draw: Any,
-    ends: Any,
-    pad: Any,
+    logits: Float[Array, "batch vocab"],
+    draw: Draw | None,
+    ends: Int[Array, "ends"],
+    pad: Int[Array, ""],
     *,
     new: int,
     top_k: int | None,
-    on_tokens: Any,
-) -> tuple[Generated, Cache]:
-    """The loop: a token of the logits, and the logits of that token, until all rows have ended."""
+    on_tokens: OnTokens | None,
+) -> tuple[Generated, Cache | None]:
+    """Choose a token by the logits and compute the logits after it, until all rows have ended."""
 
-    def choose(i: Any, logits: Any, is_done: Any, out: Any) -> Any:
-        token = _choose(logits, i, draw, top_k)
-        token = jnp.where(is_done, pad, token).astype(jnp.int32)
+    def choose(i: Array, logits: Array, is_done: Array, tokens: Array) -> tuple[Array, Array, Array]:
+        token = jnp.where(is_done, pad, _choose(logits, i, draw, top_k)).astype(jnp.int32)
         if on_tokens is not None:
             io_callback(on_tokens, None, token, ~is_done, ordered=True)
-        out = lax.dynamic_update_slice_in_dim(out, token[:, None], i, axis=1)
-        return token, is_done | (token[:, None] == ends).any(1), out
+        tokens = lax.dynamic_update_slice_in_dim(tokens, token[:, None], i, axis=1)
+        return token, is_done | (token[:, None] == ends).any(1), tokens
 
-    def body(carry: Any) -> Any:
-        i, token, cache, is_done, lengths, out = carry
+    def body(carry: Carry) -> Carry:
+        i, token, cache, is_done, lengths, tokens = carry
         logits, cache = nnx.merge(graph, state)(token[:, None], cache=cache)
         lengths = lengths + ~is_done
-        token, is_done, out = choose(i, logits[:, 0], is_done, out)
-        return i + 1, token, cache, is_done, lengths, out
+        token, is_done, tokens = choose(i, logits[:, 0], is_done, tokens)
+        return i + 1, token, cache, is_done, lengths, tokens
 
-    batch = logits.shape[0]
-    start: Any = jnp.zeros(batch, bool), jnp.full((batch, new), pad, jnp.int32)
-    token, is_done, out = choose(jnp.int32(0), logits, *start)
-    carry = jnp.int32(1), token, cache, is_done, jnp.ones(batch, jnp.int32), out
+    batch = len(logits)
+    token, is_done, tokens = choose(
+        jnp.int32(0), logits, jnp.zeros(batch, bool), jnp.full((batch, new), pad, jnp.int32)
+    )
+    carry = jnp.int32(1), token, cache, is_done, jnp.ones(batch, jnp.int32), tokens
     carry = lax.while_loop(lambda carry: (carry[0] < new) & ~carry[3].all(), body, carry)
     return Generated(carry[5], carry[4]), carry[2]
 
 
-def _choose(logits: Any, i: Any, draw: Any, top_k: int | None) -> Any:
+def _choose(logits: Float[Array, "batch vocab"], i: Array, draw: Draw | None, top_k: int | None) -> Int[Array, "batch"]:
     if draw is None:
         token = logits.argmax(-1)
     else:
@@ -216,9 +225,12 @@ def _choose(logits: Any, i: Any, draw: Any, top_k: int | None) -> Any:
 
 
 def likely(
-    logits: Float[Array, "batch vocab"], temperature: Any, top_k: int | None, top_p: Any
+    logits: Float[Array, "batch vocab"],
+    temperature: Float[Array, ""] | float,
+    top_k: int | None,
+    top_p: Float[Array, ""] | float | None,
 ) -> Float[Array, "batch vocab"]:
-    """The logits to draw from, float32, ``-inf`` where they are not likely enough; the likeliest always is.
+    """The logits to draw from, float32, ``-inf`` for tokens that are not likely enough. The likeliest stays.
 
     Source: ``TemperatureLogitsWarper``, ``TopKLogitsWarper`` and ``TopPLogitsWarper`` in Transformers, in that order.
     """
@@ -228,8 +240,7 @@ def likely(
     if top_p is not None:
         order = jnp.argsort(logits, axis=-1)
         sums = jax.nn.softmax(jnp.take_along_axis(logits, order, -1), -1).cumsum(-1)
-        is_last = np.arange(logits.shape[-1]) == logits.shape[-1] - 1
-        keep = (sums > 1 - top_p) | is_last
-        keep = jnp.zeros_like(keep).at[jnp.arange(len(keep))[:, None], order].set(keep)
+        keep = (sums > 1 - top_p).at[:, -1].set(True)
+        keep = jnp.put_along_axis(jnp.zeros_like(keep), order, keep, -1, inplace=False)
         logits = jnp.where(keep, logits, -jnp.inf)
     return logits

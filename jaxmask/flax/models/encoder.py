@@ -1,8 +1,7 @@
-"""The encoder of the BERT family in ``flax.nnx``: padding masks, and the mean of what is valid."""
+"""An encoder of the BERT family, and the mean that makes its hidden states the embedding of a text."""
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,8 +11,7 @@ from jaxtyping import Array, Bool, DTypeLike, Float, Int
 
 from jaxmask import checks
 from jaxmask.dispatch import Implementation, attention
-from jaxmask.flax.embed import embed
-from jaxmask.flax.linear import Linear
+from jaxmask.flax.models.layers import Linear, convert_sizes, embed
 from jaxmask.mask import Full, Mask
 from jaxmask.masks import Padding
 
@@ -27,16 +25,16 @@ class EncoderConfig:
     """The sizes of an :class:`Encoder`.
 
     Args:
-        vocab_size: number of tokens.
-        dim: width of the hidden states.
-        hidden_dim: width between the two layers of the MLP.
-        layers, heads: how many; ``heads`` divides ``dim``.
-        max_length: number of positions that were trained.
-        token_types: number of kinds of tokens, as of the first and of the second sentence.
-        epsilon: added to the variance by the layer norms.
+        vocab_size: the number of tokens.
+        dim, hidden_dim: the width of the hidden states, and the width inside the MLP.
+        layers, heads: the number of layers, and of heads in each; ``heads`` divides ``dim``.
+        max_length: the number of trained positions.
+        token_types: the number of token types. BERT has one for each of two sentences.
+        epsilon: added to the variance by layer norms.
 
     Raises:
-        ValueError, TypeError: a size is no positive Python int, or ``heads`` does not divide ``dim``.
+        TypeError: a size is not an integer.
+        ValueError: a size is less than 1, or ``heads`` does not divide ``dim``.
     """
 
     vocab_size: int
@@ -49,14 +47,13 @@ class EncoderConfig:
     epsilon: float = 1e-12
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "dim", "hidden_dim", "layers", "heads", "max_length", "token_types"):
-            checks.integer(name, getattr(self, name), minimum=1)
+        convert_sizes(self, "vocab_size", "dim", "hidden_dim", "layers", "heads", "max_length", "token_types")
         if self.dim % self.heads:
             raise ValueError(f"heads must divide dim, got {self.heads} heads and dim {self.dim}")
 
 
 class EncoderLayer(nnx.Module):
-    """Attention, then an MLP, each added to its input and normed after that."""
+    """Attention, then an MLP. Each adds to its input, and a norm follows."""
 
     def __init__(self, config: EncoderConfig, param_dtype: DTypeLike, rngs: nnx.Rngs) -> None:
         linear = partial(Linear, param_dtype=param_dtype, rngs=rngs)
@@ -75,13 +72,13 @@ class EncoderLayer(nnx.Module):
 
 
 class Encoder(nnx.Module):
-    """BERT without its heads: embeddings of word, position and token type, and layers that are normed at their end.
+    """BERT without its heads: embeddings of words, positions and token types, then the layers.
 
     ``torch_compat.models.load`` fills it with the weights of a checkpoint.
 
     Args:
         config: the sizes.
-        param_dtype: of the weights, and so of what is computed.
+        param_dtype: of the weights, and of the computation.
         rngs: for random weights.
 
     Source: ``transformers.BertModel``, without its pooler and its dropout.
@@ -112,25 +109,25 @@ class Encoder(nnx.Module):
         """The hidden states after the last layer.
 
         Args:
-            tokens: integer ``[batch, length]``, each less than ``vocab_size``, or the hidden states are NaN. Positions
-                are counted from the first column, padding included, on whichever side it is: Transformers' way.
-            valid: bool or 0/1 ``[batch, length]``, false for padding; ``None`` if there is none.
+            tokens: integer ``[batch, length]``. An id outside the vocabulary makes NaN. As in Transformers, positions
+                count from the first column, with padding on either side.
+            valid: bool or 0/1 ``[batch, length]``, false for padding; ``None`` if there is no padding.
             token_types: integer ``[batch, length]``; ``None`` for zeros.
-            implementation: of the attention, as in :func:`jaxmask.attention`.
+            implementation: as in :func:`jaxmask.attention`.
 
         Returns:
-            ``[batch, length, dim]``, in the dtype of the weights. What stands at padding means nothing, but is finite.
+            ``[batch, length, dim]``, in the dtype of the weights. Hidden states at padding are finite and mean nothing.
 
         Raises:
             ValueError: a shape does not fit, or the text is longer than ``max_length``.
-            TypeError: tokens, or what says more about them, are of the wrong type.
+            TypeError: an argument has the wrong type or dtype.
         """
         checks.array("tokens", tokens, "i", 2)
         length = tokens.shape[1]
         if not 0 < length <= self.config.max_length:
             raise ValueError(
                 f"tokens must have a length from 1 to max_length, {self.config.max_length}, got "
-                f"{checks.describe(tokens)}: cut the text"
+                f"{checks.describe(tokens)}; cut the text"
             )
         types = jnp.zeros_like(tokens) if token_types is None else _like(tokens, "token_types", token_types, "i")
         mask = Full() if valid is None else Padding(_like(tokens, "valid", valid, "bi"))
@@ -143,17 +140,18 @@ class Encoder(nnx.Module):
 
 
 def mean_pool(hidden: Float[Array | np.ndarray, "batch length dim"], valid: Valid) -> Float[Array, "batch dim"]:
-    """The mean of the hidden states that are valid: the embedding of a text.
+    """The mean of the hidden states that are not padding: the embedding of a text.
 
     Args:
         hidden: ``[batch, length, dim]``.
         valid: bool or 0/1 ``[batch, length]``.
 
     Returns:
-        ``[batch, dim]``, in the dtype of the hidden states; zeros, and zero gradients, where nothing is valid.
+        ``[batch, dim]``, in the dtype of the hidden states. A row of padding gives zeros, and zero gradients.
 
     Raises:
-        ValueError, TypeError: the two do not fit each other.
+        ValueError: the shapes do not fit each other.
+        TypeError: a dtype is wrong.
 
     Source: ``sentence_transformers``' mean pooling.
 
@@ -162,22 +160,20 @@ def mean_pool(hidden: Float[Array | np.ndarray, "batch length dim"], valid: Vali
     """
     checks.array("hidden", hidden, "f", 3)
     counted = jnp.asarray(_like(hidden[..., 0], "valid", valid, "bi"), bool)[..., None]
-    # In float32 at least: a count is not exact in bfloat16, nor is a long sum.
+    # In float32 at least: bfloat16 holds no exact count, and no long sum.
     total = jnp.where(counted, hidden, 0).sum(1, dtype=jnp.promote_types(hidden.dtype, jnp.float32))
     return (total / jnp.maximum(counted.sum(1), 1)).astype(hidden.dtype)
 
 
-def _like(tokens: Any, name: str, given: Any, kinds: str) -> Any:
-    """What is given for each token."""
-    if checks.array(name, given, kinds, 2).shape != tokens.shape:
-        raise ValueError(
-            f"{name} must have the shape of the tokens, {list(tokens.shape)}, got {checks.describe(given)}"
-        )
-    return given
+def _like(tokens: Array | np.ndarray, name: str, array: Valid, kinds: str) -> Valid:
+    """``array``, which must have an element for each token."""
+    if checks.array(name, array, kinds, 2).shape != tokens.shape:
+        raise ValueError(f"{name} must have the shape of tokens, {list(tokens.shape)}, got {checks.describe(array)}")
+    return array
 
 
 def _norm(config: EncoderConfig, param_dtype: DTypeLike, rngs: nnx.Rngs) -> nnx.LayerNorm:
-    # A variance that is the difference of two means loses the digits that PyTorch keeps.
+    # The fast variance, a difference of two means, loses digits that PyTorch keeps.
     return nnx.LayerNorm(
         config.dim, epsilon=config.epsilon, use_fast_variance=False, param_dtype=param_dtype, rngs=rngs
     )

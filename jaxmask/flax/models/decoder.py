@@ -1,14 +1,14 @@
-"""A decoder of the Llama family, in one file: configured, not subclassed, for Llama, Mistral, Gemma, Qwen and others.
+"""A decoder of the Llama family, in one file: a configuration makes it Llama, Mistral, Gemma, Qwen or another.
 
-Each layer is attention and a gated feed-forward network, each after a root-mean-square norm and added to what came in.
-What differs between the models is in :class:`DecoderConfig`; what differs between layers, in :class:`DecoderLayer`.
+Each layer is attention and a gated feed-forward network. Both have a root-mean-square norm before them and add to the
+residual stream. :class:`DecoderConfig` says how models differ, :class:`DecoderLayer` how layers differ.
 """
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Literal, NamedTuple, SupportsIndex
 
 import jax
 import jax.numpy as jnp
@@ -19,8 +19,7 @@ from jaxtyping import Array, Bool, DTypeLike, Float, Int
 from jaxmask import checks
 from jaxmask.dispatch import Implementation, attention
 from jaxmask.flax.cache import Cache, LayerCache, Step, check_valid, consecutive
-from jaxmask.flax.embed import embed
-from jaxmask.flax.linear import Linear, project
+from jaxmask.flax.models.layers import Linear, convert_sizes, embed, project
 from jaxmask.mask import Full, Mask
 from jaxmask.masks import Causal, Chunked, Padding, Segments, SlidingWindow
 
@@ -29,7 +28,7 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {"silu": jax.nn.silu, "gelu_t
 
 @dataclass(frozen=True)
 class Llama3Scaling:
-    """How Llama 3.1 stretches rotary embeddings to longer texts: low frequencies by ``factor``, high ones not.
+    """How Llama 3.1 stretches rotary embeddings to longer texts: it divides low frequencies by ``factor``.
 
     Source: ``_compute_llama3_parameters`` in Transformers.
     """
@@ -39,7 +38,7 @@ class Llama3Scaling:
     high_frequency_factor: float
     original_length: int
 
-    def __call__(self, frequencies: Any) -> Any:
+    def __call__(self, frequencies: Float[np.ndarray, "pairs"]) -> Float[np.ndarray, "pairs"]:
         turns = self.original_length * frequencies / (2 * math.pi)
         smooth = (turns - self.low_frequency_factor) / (self.high_frequency_factor - self.low_frequency_factor)
         smooth = np.clip(smooth, 0, 1)
@@ -48,21 +47,21 @@ class Llama3Scaling:
 
 @dataclass(frozen=True)
 class Rope:
-    """Rotary position embeddings, of the two halves of a head (https://arxiv.org/abs/2104.09864).
+    """Rotary position embeddings (https://arxiv.org/abs/2104.09864) that pair the two halves of a head.
 
     Args:
-        theta: the base of the wave lengths.
-        factor: by which positions are divided.
-        scaling: that of Llama 3, or ``None``.
+        theta: the base of the wavelengths.
+        factor: the number that positions are divided by.
+        scaling: Llama 3's scaling, or ``None``.
     """
 
     theta: float = 10_000.0
     factor: float = 1.0
     scaling: Llama3Scaling | None = None
 
-    def angles(self, positions: Int[Array, "batch q"], dim: int) -> tuple[Array, Array]:
-        """Cosine and sine for heads of ``dim``, ``[batch, q, 1, dim // 2]``, float32."""
-        # In float32 as PyTorch does, for at a position of thousands the last bit of a frequency shows.
+    def angles(self, positions: Int[Array | np.ndarray, "batch q"], dim: int) -> tuple[Array, Array]:
+        """Cosine and sine for heads of size ``dim``, float32 ``[batch, q, 1, dim // 2]``."""
+        # In float32 like PyTorch: at positions in the thousands, the last bit of a frequency matters.
         exponents = np.arange(0, dim, 2, dtype=np.float32) / np.float32(dim)
         frequencies = (np.float32(1) / np.power(np.float32(self.theta), exponents)).astype(np.float32)
         frequencies = frequencies / np.float32(self.factor)
@@ -73,7 +72,7 @@ class Rope:
 
 
 def rotate(x: Float[Array, "batch q heads dim"], cos: Array, sin: Array) -> Float[Array, "batch q heads dim"]:
-    """Turn each pair of elements, one of either half of the head, by its angle."""
+    """Turn each pair of elements, one from each half of the head, by its angle."""
     first, second = jnp.split(x, 2, -1)
     return jnp.concatenate((first * cos - second * sin, second * cos + first * sin), -1).astype(x.dtype)
 
@@ -84,11 +83,14 @@ class DecoderLayer:
 
     Args:
         window: how many keys a query looks back on, itself included; ``None`` for all.
-        chunk: the size of the chunks, beyond which a query does not look; ``None`` for no chunks.
-        rope: how positions are told; ``None`` where they are not.
-        temperature: ``(floor, scale)``: a query at position ``p`` is multiplied by
-            ``1 + scale * log(1 + floor((p + 1) / floor))``, as where Llama 4 tells no positions; ``None`` for 1.
-            Transformers counts padding on the left as positions, too, so that a text is not as it is alone.
+        chunk: the size of the chunks that a query does not look beyond; ``None`` for no chunks.
+        rope: the rotary embeddings; ``None`` for a layer without positions.
+        temperature: ``(floor, scale)`` multiplies the query at position ``p`` by
+            ``1 + scale * log(1 + floor((p + 1) / floor))``, as in Llama 4's layers without positions. ``None`` for 1.
+            Transformers counts padding on the left as positions here, so its output for a text depends on the padding.
+
+    Raises:
+        TypeError, ValueError: a window or a chunk is not an integer of at least 1.
     """
 
     window: int | None = None
@@ -96,19 +98,22 @@ class DecoderLayer:
     rope: Rope | None = Rope()
     temperature: tuple[float, float] | None = None
 
-    def mask(self, positions: Int[Array | np.ndarray, "batch q"] | None = None) -> Mask:
-        """Which keys a query attends to; of the tokens at ``positions``, or of all positions from 0 on."""
+    def __post_init__(self) -> None:
+        convert_sizes(self, *(name for name in ("window", "chunk") if getattr(self, name) is not None))
+
+    def mask(self, positions: Int[Array | np.ndarray, "#batch q"] | None = None) -> Mask:
+        """The keys that a query attends to, for tokens at ``positions``, or at all positions from 0 on."""
         mask: Mask = Causal()
         if self.window is not None:
             mask = mask & SlidingWindow(self.window)
         if self.chunk is not None:
-            # By their positions, for padding may come before a text, and another document.
+            # Chunks count from the start of each document, which may follow padding or another document.
             mask = mask & (Chunked(self.chunk) if positions is None else Segments(positions.clip(0) // self.chunk))
         return mask
 
     @property
     def looks_back(self) -> int | None:
-        """The most keys that a query attends to, ``None`` without end."""
+        """The most keys that a query attends to; ``None`` for no limit."""
         return min((size for size in (self.window, self.chunk) if size is not None), default=None)
 
 
@@ -117,23 +122,25 @@ class DecoderConfig:
     """What differs from model to model.
 
     Args:
-        vocab_size, dim, hidden_dim: the number of tokens, and the sizes of the residual stream and of the feed-forward.
-        heads, kv_heads, head_dim: of attention.
+        vocab_size, dim, hidden_dim: the number of tokens, and the widths of the residual stream and the feed-forward.
+        heads, kv_heads, head_dim: the number of heads of queries, the number of heads of keys, and their size.
         layers: one for each layer.
-        epsilon: what root-mean-square norms add to the square.
-        activation: of the gate, ``"silu"`` or ``"gelu_tanh"``.
-        tied: whether the embeddings of tokens also give the logits.
-        qkv_bias, out_bias, hidden_bias: whether there is a bias in the projections to queries, keys and values, from
-            heads, and in the feed-forward.
-        qk_norm: how each head of queries and keys is normed: ``"weighted"`` before positions are told (Qwen 3,
-            Gemma 3), ``"plain"`` after that and in layers where they are (Llama 4), or ``None``.
+        epsilon: added to the mean square by root-mean-square norms.
+        activation: the gate's, ``"silu"`` or ``"gelu_tanh"``.
+        tied: whether the logits use the weights of the token embeddings.
+        qkv_bias, out_bias, hidden_bias: whether the projections to queries, keys and values, the projection from heads,
+            and the feed-forward have a bias.
+        qk_norm: how heads of queries and keys are normed. ``"weighted"`` norms before rotary embeddings (Qwen 3,
+            Gemma 3). ``"plain"`` norms after them, without weights, in layers that have them (Llama 4). ``None`` for
+            no norm.
         post_norm: whether the outputs of attention and feed-forward are normed too (Gemma).
-        embedding_scale: by which embeddings are multiplied.
-        attention_scale: of the scores; ``None`` for ``head_dim ** -0.5``.
-        attention_cap, logits_cap: soft caps of the scores and of the logits (Gemma 2); ``None`` for none.
+        embedding_scale: multiplies the embeddings.
+        attention_scale: multiplies the scores; ``None`` for ``head_dim ** -0.5``.
+        attention_cap, logits_cap: soft caps of the scores and of the logits (Gemma 2); ``None`` for no cap.
 
     Raises:
-        ValueError, TypeError: a size is no positive Python int; these do not fit each other, or are not known.
+        TypeError: a size is not an integer.
+        ValueError: a size is less than 1, sizes do not fit each other, or a name is unknown.
     """
 
     vocab_size: int
@@ -157,8 +164,7 @@ class DecoderConfig:
     logits_cap: float | None = None
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "dim", "hidden_dim", "heads", "kv_heads", "head_dim"):
-            checks.integer(name, getattr(self, name), minimum=1)
+        convert_sizes(self, "vocab_size", "dim", "hidden_dim", "heads", "kv_heads", "head_dim")
         if self.heads % self.kv_heads:
             raise ValueError(f"kv_heads must divide heads, got {self.kv_heads} and {self.heads}")
         if not self.layers:
@@ -171,37 +177,46 @@ class DecoderConfig:
             raise ValueError(f"qk_norm must be 'weighted', 'plain' or None, got {self.qk_norm!r}")
 
 
+class Context(NamedTuple):
+    """What all layers share in one call: where the tokens are, what the caller masks, and how to attend."""
+
+    positions: Int[Array | np.ndarray, "#batch q"]
+    mask: Mask
+    step: Step | None
+    implementation: Implementation | None
+
+
 class Norm(nnx.RMSNorm):
-    """That of nnx, in float32 and back: a scale that is 1 and a little, as Gemma's, is not rounded to bfloat16."""
+    """nnx's norm, computed in at least float32: bfloat16 would round a scale close to 1, such as Gemma's."""
+
+    def __init__(
+        self, size: int, config: DecoderConfig, param_dtype: DTypeLike, rngs: nnx.Rngs, *, use_scale: bool = True
+    ) -> None:
+        wide = jnp.promote_types(param_dtype, jnp.float32)
+        super().__init__(size, epsilon=config.epsilon, param_dtype=wide, use_scale=use_scale, rngs=rngs)
 
     def __call__(self, x: Float[Array, "..."], mask: Bool[Array, "..."] | None = None) -> Float[Array, "..."]:
         return super().__call__(x, mask).astype(x.dtype)
 
 
 class Attention(nnx.Module):
-    """Grouped-query attention with rotary embeddings, over the text at hand or over a cache."""
+    """Grouped-query attention with rotary embeddings, over the tokens of the call or over a cache."""
 
     def __init__(self, config: DecoderConfig, layer: DecoderLayer, param_dtype: DTypeLike, rngs: nnx.Rngs) -> None:
         self.config, self.layer = config, layer
-        # One product where there could be three: on a CPU, a step of decoding waits for the start of each.
+        # One product in place of three: on a CPU, the start of each costs time in a decoding step.
         self.sizes = tuple(config.head_dim * heads for heads in (config.heads, config.kv_heads, config.kv_heads))
         linear = partial(Linear, param_dtype=param_dtype, rngs=rngs)
         self.query_key_value = linear(config.dim, sum(self.sizes), use_bias=config.qkv_bias)
         self.out = linear(self.sizes[0], config.dim, use_bias=config.out_bias)
-        # What they norm, if anything, qk_norm says; without a scale they hold no weights.
-        norm = partial(_norm, config, config.head_dim, param_dtype, rngs, has_scale=config.qk_norm == "weighted")
+        # Without a scale they have no weights, so that a model that does not use them may have them.
+        norm = partial(Norm, config.head_dim, config, param_dtype, rngs, use_scale=config.qk_norm == "weighted")
         self.query_norm, self.key_norm = norm(), norm()
 
     def __call__(
-        self,
-        x: Float[Array, "batch q dim"],
-        positions: Int[Array, "batch q"],
-        mask: Mask,
-        cache: LayerCache | None,
-        step: Step | None,
-        implementation: Implementation | None,
+        self, x: Float[Array, "batch q dim"], context: Context, cache: LayerCache | None
     ) -> tuple[Float[Array, "batch q dim"], LayerCache | None]:
-        config, layer = self.config, self.layer
+        config, layer, (positions, mask, step, implementation) = self.config, self.layer, context
         query, key, value = (
             part.reshape(*x.shape[:2], -1, config.head_dim)
             for part in jnp.split(self.query_key_value(x), np.cumsum(self.sizes[:2]), -1)
@@ -214,24 +229,22 @@ class Attention(nnx.Module):
             if config.qk_norm == "plain":
                 query, key = self.query_norm(query), self.key_norm(key)
         if layer.temperature is not None:
-            floor, scale = layer.temperature
-            # Padding before the text is told no positions, or it would be NaN.
-            times = 1 + scale * jnp.log1p(jnp.floor((jnp.maximum(positions, 0) + 1) / floor))
+            floor, slope = layer.temperature
+            # Padding before a text has negative positions, whose logarithm would be NaN.
+            times = 1 + slope * jnp.log1p(jnp.floor((jnp.maximum(positions, 0) + 1) / floor))
             query = query * times[..., None, None].astype(query.dtype)
-        how: Any = {
-            "scale": config.attention_scale,
-            "logits_soft_cap": config.attention_cap,
-            "implementation": implementation,
-        }
+        scale, cap = config.attention_scale, config.attention_cap
         if cache is None or step is None:
-            out = attention(query, key, value, mask & layer.mask(positions), **how)
+            mask = mask & layer.mask(positions)
+            out = attention(query, key, value, mask, scale=scale, logits_soft_cap=cap, implementation=implementation)
         else:
-            out, cache = cache.attend(step, query, key, value, layer.mask(), **how)
+            new, mask = (query, key, value), layer.mask()
+            out, cache = cache.attend(step, *new, mask, scale=scale, logits_soft_cap=cap, implementation=implementation)
         return self.out(out.reshape(*x.shape[:2], -1)), cache
 
 
 class FeedForward(nnx.Module):
-    """Two projections, the first the gate of the second, and a third one back (https://arxiv.org/abs/2002.05202)."""
+    """A gated feed-forward network (https://arxiv.org/abs/2002.05202)."""
 
     def __init__(self, config: DecoderConfig, param_dtype: DTypeLike, rngs: nnx.Rngs) -> None:
         linear = partial(Linear, use_bias=config.hidden_bias, param_dtype=param_dtype, rngs=rngs)
@@ -245,29 +258,32 @@ class FeedForward(nnx.Module):
 
 
 class Block(nnx.Module):
-    """One layer."""
+    """One layer: attention and feed-forward."""
 
     def __init__(self, config: DecoderConfig, layer: DecoderLayer, param_dtype: DTypeLike, rngs: nnx.Rngs) -> None:
-        self.attention_norm = _norm(config, config.dim, param_dtype, rngs)
+        norm = partial(Norm, config.dim, config, param_dtype, rngs)
+        self.attention_norm = norm()
         self.attention = Attention(config, layer, param_dtype, rngs)
-        self.attention_post_norm = _norm(config, config.dim, param_dtype, rngs) if config.post_norm else None
-        self.feed_forward_norm = _norm(config, config.dim, param_dtype, rngs)
+        self.attention_post_norm = norm() if config.post_norm else None
+        self.feed_forward_norm = norm()
         self.feed_forward = FeedForward(config, param_dtype, rngs)
-        self.feed_forward_post_norm = _norm(config, config.dim, param_dtype, rngs) if config.post_norm else None
+        self.feed_forward_post_norm = norm() if config.post_norm else None
 
-    def __call__(self, x: Array, *where: Any) -> tuple[Array, LayerCache | None]:
-        out, cache = self.attention(self.attention_norm(x), *where)
+    def __call__(
+        self, x: Float[Array, "batch q dim"], context: Context, cache: LayerCache | None
+    ) -> tuple[Float[Array, "batch q dim"], LayerCache | None]:
+        out, cache = self.attention(self.attention_norm(x), context, cache)
         x = x + (out if self.attention_post_norm is None else self.attention_post_norm(out))
         out = self.feed_forward(self.feed_forward_norm(x))
         return x + (out if self.feed_forward_post_norm is None else self.feed_forward_post_norm(out)), cache
 
 
 class Decoder(nnx.Module):
-    """A decoder: tokens to logits.
+    """A decoder of the Llama family, from tokens to logits.
 
     Args:
-        config: its sizes, and what its layers are.
-        param_dtype: of the weights, and so of what is computed; norms, their scales too, and softmax are in float32.
+        config: its sizes and its layers.
+        param_dtype: of the weights, and of the computation. Norms, their scales, and softmax are in float32.
         rngs: for random weights.
 
     >>> layers = DecoderLayer(), DecoderLayer(window=4)
@@ -284,12 +300,12 @@ class Decoder(nnx.Module):
         self.config = config
         self.embedding = nnx.Embed(config.vocab_size, config.dim, param_dtype=param_dtype, rngs=rngs)
         self.blocks = nnx.List([Block(config, layer, param_dtype, rngs) for layer in config.layers])
-        self.norm = _norm(config, config.dim, param_dtype, rngs)
+        self.norm = Norm(config.dim, config, param_dtype, rngs)
         head = partial(Linear, use_bias=False, param_dtype=param_dtype, rngs=rngs)
         self.head = None if config.tied else head(config.dim, config.vocab_size)
 
-    def empty_cache(self, batch: int, length: int) -> Cache:
-        """A cache for ``batch`` texts of at most ``length`` tokens; see :meth:`Cache.empty` for what it raises."""
+    def empty_cache(self, batch: SupportsIndex, length: SupportsIndex) -> Cache:
+        """A cache for ``batch`` texts of at most ``length`` tokens. It raises as :meth:`Cache.empty` does."""
         config = self.config
         windows = [layer.looks_back for layer in config.layers]
         dtype = self.embedding.embedding.dtype
@@ -306,36 +322,38 @@ class Decoder(nnx.Module):
         last_only: bool = False,
         implementation: Implementation | None = None,
     ) -> tuple[Float[Array, "batch q vocab"], Cache | None]:
-        """The logits of the token after each, and the cache with these tokens.
+        """The logits for the token after each, and the cache with these tokens.
 
         Args:
-            tokens: the text, or what comes after that in the cache. What is no token of the model makes NaN.
-            valid: which of them are no padding; ``None`` for all. Padding may be on either side.
-            cache: the text so far, of :meth:`empty_cache` or of the last call; ``None`` where this is all of the text.
-            mask: joined to that of each layer, as ``Segments(ids)`` for packed documents. Its keys are in the order of
-                ``tokens``, so that it needs that there is no cache.
-            positions: of the tokens, for rotary embeddings and chunks, ``[batch, q]``; ``None`` to count those of each
-                row that are no padding, of which there is then none between two tokens: an error, or NaN where that
-                is not known when the program is traced.
-            last_only: whether to return the logits after the last token of each row only, ``[batch, 1, vocab]``; NaN
-                for a row of padding.
-            implementation: of :func:`jaxmask.attention`.
+            tokens: the text, or its continuation if there is a cache. An id outside the vocabulary makes NaN.
+            valid: True for tokens, False for padding on either side; ``None`` if there is no padding.
+            cache: the text so far, from :meth:`empty_cache` or the last call; ``None`` if ``tokens`` is the whole text.
+            mask: restricts each layer's mask, as ``Segments(ids)`` does for packed documents. It needs a call without
+                a cache, because its keys are in the order of ``tokens``.
+            positions: of the tokens, for rotary embeddings and chunks, ``[batch, q]``; ``None`` to count each row's
+                tokens from 0. Padding between tokens is then an error, or makes NaN where ``valid`` is traced.
+            last_only: whether to return the logits after the last token of each row only, ``[batch, 1, vocab]``. A row
+                of padding gives NaN.
+            implementation: as in :func:`jaxmask.attention`.
 
         Raises:
-            ValueError, TypeError: what does not fit; and of the cache as :meth:`Cache.step`.
+            ValueError: shapes do not fit each other, the cache has no room, or ``mask`` or ``positions`` meet a cache.
+            TypeError: an argument has the wrong type or dtype.
         """
         checks.array("tokens", tokens, "i", 2)
         if valid is not None:
             check_valid(valid, tokens.shape)
         if cache is not None and len(cache.tokens) != len(tokens):
-            raise ValueError(f"tokens must have a row for each of the cache's {len(cache.tokens)}, got {len(tokens)}")
+            raise ValueError(
+                f"tokens must have as many rows as the cache, {len(cache.tokens)}, got {checks.describe(tokens)}"
+            )
         if cache is not None and (mask is not None or positions is not None):
             raise ValueError(
-                "mask and positions are for a text without a cache, which knows the positions of its tokens; leave "
-                "them out, or cache"
+                "mask and positions need a call without a cache, for a cache knows the positions of its tokens; leave "
+                "them out, or leave the cache out"
             )
         step = None if cache is None else cache.step(tokens.shape[1], valid)
-        fits: Any = None
+        fits: Array | np.ndarray | None = None
         if step is not None:
             positions = step.positions
         elif positions is None:
@@ -345,20 +363,21 @@ class Decoder(nnx.Module):
                 positions = positions - padding[:, None]
         elif checks.array("positions", positions, "i", 2).shape != tokens.shape:
             raise ValueError(
-                f"positions must be as tokens, {list(tokens.shape)}, got {checks.describe(positions)}; leave them out "
-                "to count the tokens"
+                f"positions must have the shape of tokens, {list(tokens.shape)}, got {checks.describe(positions)}; "
+                "leave them out to count the tokens of each row"
             )
         mask = Full() if mask is None else mask
-        if valid is not None:
-            mask = mask & Padding(valid)
+        context = Context(positions, mask if valid is None else mask & Padding(valid), step, implementation)
         x = embed("tokens", tokens, self.embedding, valid) * self.config.embedding_scale
-        layers: list[Any] = [None] * len(self.blocks) if cache is None else list(cache.layers)
+        layers: list[LayerCache] = []
         for i, block in enumerate(self.blocks):
-            x, layers[i] = block(x, positions, mask, layers[i], step, implementation)
+            x, layer = block(x, context, None if cache is None else cache.layers[i])
+            if layer is not None:
+                layers.append(layer)
         if last_only and valid is not None:
             last = tokens.shape[1] - 1 - jnp.argmax(jnp.asarray(valid)[:, ::-1], 1)
-            is_there = jnp.asarray(valid).any(1)[:, None, None]
-            x = jnp.where(is_there, jnp.take_along_axis(x, last[:, None, None], 1), jnp.nan)
+            has_token = jnp.asarray(valid).any(1)[:, None, None]
+            x = jnp.where(has_token, jnp.take_along_axis(x, last[:, None, None], 1), jnp.nan)
         x = self.norm(x[:, -1:] if last_only else x)
         if fits is not None:
             x = jnp.where(fits[:, None, None], x, jnp.nan)
@@ -366,8 +385,3 @@ class Decoder(nnx.Module):
         if (cap := self.config.logits_cap) is not None:
             logits = cap * jnp.tanh(logits / cap)
         return logits, None if step is None else step.end(layers)
-
-
-def _norm(config: DecoderConfig, size: int, param_dtype: DTypeLike, rngs: nnx.Rngs, *, has_scale: bool = True) -> Norm:
-    wide = jnp.promote_types(param_dtype, jnp.float32)
-    return Norm(size, epsilon=config.epsilon, param_dtype=wide, use_scale=has_scale, rngs=rngs)
