@@ -149,7 +149,8 @@ def _fail_without(error: ModuleNotFoundError, command: str) -> NoReturn:
     package = (error.name or "").partition(".")[0]
     if package not in ("torch", "transformers", "safetensors", "gguf", "flax"):
         raise error
-    _fail(f'{command} needs {package}: pip install "jaxmask[torch,cli]"')
+    extra = {"verify": "verify", "generate": "checkpoints,cli"}[command]
+    _fail(f'{command} needs {package}: pip install "jaxmask[{extra}]"')
 
 
 def _fail(problem: object) -> NoReturn:

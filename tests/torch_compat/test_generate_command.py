@@ -245,4 +245,4 @@ def test_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(torch_compat, "generate")
     monkeypatch.delitem(sys.modules, "torch_compat.generate")
     monkeypatch.setattr(sys, "meta_path", [Missing(), *sys.meta_path])
-    assert run("a") == (2, "", 'jaxmask: generate needs flax: pip install "jaxmask[torch,cli]"\n')
+    assert run("a") == (2, "", 'jaxmask: generate needs flax: pip install "jaxmask[checkpoints,cli]"\n')

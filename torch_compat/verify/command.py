@@ -62,7 +62,7 @@ def run(
         cases: the number of cases for each operation and dtype; 120, and 12 for attention, where it is ``None``. Long
             attention has one.
         seed: for the generated inputs.
-        operations, dtypes, oracles: names; all of them where it is ``None``. The models are run where all operations
+        operations, dtypes, oracles: names; all of them where it is ``None``. The models are run where all of both
             are.
         report: a file for the results as JSON.
         console: prints.
@@ -83,7 +83,7 @@ def run(
         if operations and operation not in comparable:
             raise ValueError(f"op: {operation!r} is compared with {' and '.join(oracles_of(operation))} alone")
     operations = operations or comparable
-    checks = MODELS if operations is comparable else ()
+    checks = MODELS if operations is comparable and len(oracles) == len(ALL_ORACLES) else ()
     if checks:  # now, and not after minutes
         minilm_folder()
         smollm2_checkpoint()
