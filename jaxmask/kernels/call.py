@@ -109,9 +109,9 @@ def checked_call(
     if at.starts_at_zero:
         at = replace(at, first=None)
     for name, what, size, given in (
+        *(("batch", what, batch, given) for what, given in at.batches.items()),
         ("batch", "mask", batch, mask.shape[0]),
         ("heads", "mask", heads, mask.shape[1]),
-        *(("batch", what, batch, given) for what, given in at.batches.items()),
     ):
         if given not in (1, size):
             raise ValueError(f"{what} is for {given} {name}, but the arrays have {size}: {shapes}")

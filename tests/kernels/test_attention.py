@@ -195,7 +195,7 @@ def test_half_precision_is_no_worse_than_that_of_jax_nn(attend: Attend, dtype: A
 
 
 def by_jax_nn(query: Any, key: Any, value: Any, mask: Mask, offset: Any = None) -> Any:
-    return fused.by_jax_nn(checked_call(query, key, value, mask, None, None, offset, None, None), "xla")
+    return fused.by_jax_nn(checked_call(query, key, value, mask, None, None, offset, None, None, None), "xla")
 
 
 THEIRS: dict[str, Attend] = {
