@@ -40,9 +40,15 @@ class KeysAndValues(NamedTuple):
 Seen = KeysAndValues  # the name it had before
 
 
+class _Pytree:
+    """The base of dataclasses that JAX also builds from shapes, whose fields a run-time type checker must not check."""
+
+    __no_type_check__ = True
+
+
 @partial(jax.tree_util.register_dataclass, data_fields=("offset", "before", "after", "fits"), meta_fields=("count",))
 @dataclass(frozen=True, eq=False)
-class Step:
+class Step(_Pytree):
     """The positions of the new tokens of a step, the same in every layer. :meth:`Cache.step` makes it.
 
     Args:
@@ -79,7 +85,7 @@ class Step:
 
 @partial(jax.tree_util.register_dataclass, data_fields=("key", "value"), meta_fields=("is_ring",))
 @dataclass(frozen=True, eq=False)
-class LayerCache:
+class LayerCache(_Pytree):
     """The keys and values of one layer.
 
     Args:
@@ -189,7 +195,7 @@ class LayerCache:
 
 @partial(jax.tree_util.register_dataclass, data_fields=("layers", "tokens"), meta_fields=())
 @dataclass(frozen=True, eq=False)
-class Cache:
+class Cache(_Pytree):
     """The keys and values of all layers of a model. Each step returns another cache, of the same shape.
 
     Args:

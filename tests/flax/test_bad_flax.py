@@ -206,3 +206,10 @@ def test_decoding_through_the_cache_of_flax_is_the_whole_text() -> None:
         out, state = step(state, x[:, at : at + 1])
         np.testing.assert_allclose(out[:, 0], wanted[:, at], rtol=1e-5, atol=1e-5)
     assert step._cache_size() == 1
+
+
+def test_sizes_of_numpy_become_python_integers() -> None:
+    sizes = {"vocab_size": 16, "dim": 8, "hidden_dim": 16, "heads": 2, "kv_heads": 1, "head_dim": 4}
+    layers = (DecoderLayer(window=np.int64(3), chunk=np.int32(5)),)  # pyright: ignore[reportArgumentType]
+    config = DecoderConfig(**{name: np.int64(size) for name, size in sizes.items()}, layers=layers)  # pyright: ignore[reportArgumentType]
+    assert {type(getattr(config, name)) for name in sizes} == {type(layers[0].window), type(layers[0].chunk)} == {int}

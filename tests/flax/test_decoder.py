@@ -12,7 +12,6 @@ import transformers
 from flax import nnx
 
 from jaxmask import Segments
-from jaxmask.flax import DecoderConfig, DecoderLayer
 from torch_compat.models import load
 
 PROMPT, STEPS, WINDOW = 12, 16, 5
@@ -204,10 +203,3 @@ def test_gradients_of_llama_4_are_finite_where_there_is_padding() -> None:
         return jnp.where(valid[..., None], nnx.merge(graph, state)(tokens, valid)[0], 0).sum()
 
     assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(jax.grad(loss)(state)))
-
-
-def test_sizes_of_numpy_become_python_integers() -> None:
-    sizes = {"vocab_size": 16, "dim": 8, "hidden_dim": 16, "heads": 2, "kv_heads": 1, "head_dim": 4}
-    layers = (DecoderLayer(window=np.int64(3), chunk=np.int32(5)),)  # pyright: ignore[reportArgumentType]
-    config = DecoderConfig(**{name: np.int64(size) for name, size in sizes.items()}, layers=layers)  # pyright: ignore[reportArgumentType]
-    assert {type(getattr(config, name)) for name in sizes} == {type(layers[0].window), type(layers[0].chunk)} == {int}

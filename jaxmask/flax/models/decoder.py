@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Bool, DTypeLike, Float, Int
+from jaxtyping import Array, Bool, DTypeLike, Float, Integer
 
 from jaxmask import checks
 from jaxmask.dispatch import Implementation, attention
@@ -59,7 +59,7 @@ class Rope:
     factor: float = 1.0
     scaling: Llama3Scaling | None = None
 
-    def angles(self, positions: Int[Array | np.ndarray, "batch q"], dim: int) -> tuple[Array, Array]:
+    def angles(self, positions: Integer[Array | np.ndarray, "batch q"], dim: int) -> tuple[Array, Array]:
         """Cosine and sine for heads of size ``dim``, float32 ``[batch, q, 1, dim // 2]``."""
         # In float32 like PyTorch: at positions in the thousands, the last bit of a frequency matters.
         exponents = np.arange(0, dim, 2, dtype=np.float32) / np.float32(dim)
@@ -101,7 +101,7 @@ class DecoderLayer:
     def __post_init__(self) -> None:
         convert_sizes(self, *(name for name in ("window", "chunk") if getattr(self, name) is not None))
 
-    def mask(self, positions: Int[Array | np.ndarray, "#batch q"] | None = None) -> Mask:
+    def mask(self, positions: Integer[Array | np.ndarray, "#batch q"] | None = None) -> Mask:
         """The keys that a query attends to, for tokens at ``positions``, or at all positions from 0 on."""
         mask: Mask = Causal()
         if self.window is not None:
@@ -180,7 +180,7 @@ class DecoderConfig:
 class Context(NamedTuple):
     """What all layers share in one call: where the tokens are, what the caller masks, and how to attend."""
 
-    positions: Int[Array | np.ndarray, "#batch q"]
+    positions: Integer[Array | np.ndarray, "#batch q"]
     mask: Mask
     step: Step | None
     implementation: Implementation | None
@@ -313,15 +313,15 @@ class Decoder(nnx.Module):
 
     def __call__(
         self,
-        tokens: Int[Array | np.ndarray, "batch q"],
+        tokens: Integer[Array | np.ndarray, "batch q"],
         valid: Bool[Array | np.ndarray, "batch q"] | None = None,
         *,
         cache: Cache | None = None,
         mask: Mask | None = None,
-        positions: Int[Array | np.ndarray, "batch q"] | None = None,
+        positions: Integer[Array | np.ndarray, "batch q"] | None = None,
         last_only: bool = False,
         implementation: Implementation | None = None,
-    ) -> tuple[Float[Array, "batch q vocab"], Cache | None]:
+    ) -> tuple[Float[Array, "batch #q vocab"], Cache | None]:
         """The logits for the token after each, and the cache with these tokens.
 
         Args:

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Bool, DTypeLike, Float, Int
+from jaxtyping import Array, Bool, DTypeLike, Float, Integer
 
 from jaxmask import checks
 from jaxmask.dispatch import Implementation, attention
@@ -15,8 +15,8 @@ from jaxmask.flax.models.layers import Linear, convert_sizes, embed
 from jaxmask.mask import Full, Mask
 from jaxmask.masks import Padding
 
-Tokens = Int[Array | np.ndarray, "batch length"]
-Valid = Bool[Array | np.ndarray, "batch length"] | Int[Array | np.ndarray, "batch length"]
+Tokens = Integer[Array | np.ndarray, "batch length"]
+Valid = Bool[Array | np.ndarray, "batch length"] | Integer[Array | np.ndarray, "batch length"]
 Hidden = Float[Array, "batch length dim"]
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from flax import nnx
 from jax import lax
 from jax.experimental import io_callback
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Integer
 
 from jaxmask import checks
 from jaxmask.flax.cache import Cache
@@ -69,7 +69,7 @@ def left_pad(prompts: Sequence[Sequence[int] | np.ndarray], pad: int = 0) -> tup
 
 def generate(
     model: Decoder,
-    tokens: Int[Array | np.ndarray, "batch length"],
+    tokens: Integer[Array | np.ndarray, "batch length"],
     valid: Bool[Array | np.ndarray, "batch length"] | None = None,
     *,
     max_new_tokens: int,
@@ -138,8 +138,8 @@ def generate(
         given = np.asarray(tokens)[... if valid is None else np.asarray(valid)]
         if given.min() < 0 or given.max() >= vocab_size:
             raise ValueError(
-                f"tokens must be from 0 to {vocab_size - 1}, got {given.min()} to {given.max()}; use the tokenizer of "
-                "the model"
+                f"tokens must be from 0 to {vocab_size - 1}, got {given.min()} to {given.max()}: is the tokenizer that "
+                "of the model?"
             )
     logits, cache = prefill(graph, state, cache, jnp.asarray(tokens), None if valid is None else jnp.asarray(valid))
     draw = None if not temperature else (key, jnp.float32(temperature), None if top_p is None else jnp.float32(top_p))
@@ -168,7 +168,7 @@ def prefill(
     graph: nnx.GraphDef[Decoder],
     state: Weights,
     cache: Cache,
-    tokens: Int[Array, "batch length"],
+    tokens: Integer[Array, "batch length"],
     valid: Bool[Array, "batch length"] | None,
 ) -> tuple[Float[Array, "batch vocab"], Cache | None]:
     """The logits after each prompt, and the cache with the prompts."""

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Bool, DTypeLike, Float, Int
+from jaxtyping import Array, Bool, DTypeLike, Float, Integer
 
 from jaxmask import checks
 
@@ -39,7 +39,7 @@ class Linear(nnx.Module):
 
 def embed(
     name: str,
-    ids: Int[Array | np.ndarray, "batch q"],
+    ids: Integer[Array | np.ndarray, "batch q"],
     table: nnx.Embed,
     valid: Bool[Array | np.ndarray, "batch q"] | None,
 ) -> Float[Array, "batch q dim"]:
