@@ -28,9 +28,9 @@ from transformers import DynamicCache
 
 import jaxmask
 from jaxmask.flax import Cache, LayerCache
-from jaxmask.flax.generate import decode, prefill
+from jaxmask.flax.models.generate import decode, prefill
 from torch_compat.models import load
-from torch_compat.smollm2 import in_pytorch
+from torch_compat.verify.smollm2 import in_pytorch
 
 BATCH, PROMPT, NEW = 8, 512, 256
 PADDING = 100

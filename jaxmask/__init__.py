@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from jaxmask.attention_fn import make_attention_fn
 from jaxmask.bias import unmask_unattended
-from jaxmask.dispatch import Explanation, attention, explain
+from jaxmask.dispatch import attention
 from jaxmask.draw import plot, show
+from jaxmask.explanation import Explanation, explain
 from jaxmask.hf.converter import (
     AttentionMaskConverter,
     create_4d_causal_attention_mask,

@@ -87,7 +87,7 @@ def unmask_unattended(expanded_mask: Float[Array, "..."], min_dtype: float | Non
 
 
 @jax.jit
-def _unmask_unattended(expanded_mask: Float[Array, "..."], min_dtype: float) -> Float[Array, "..."]:
+def _unmask_unattended(expanded_mask: Float[Array, "..."], min_dtype: float | Array) -> Float[Array, "..."]:
     unattended = jnp.all(expanded_mask == min_dtype, axis=-1, keepdims=True)
     # Not `expanded_mask * attended`: XLA may turn that into a select of +0.0, and the sign is lost.
     return jnp.where(unattended, expanded_mask * 0, expanded_mask)

@@ -19,6 +19,9 @@ INT32_MAX = 2**31 - 1
 # A length, or a symbolic dimension of ``jax.export`` standing for one.
 Length = Any
 
+# The sizes (batch, heads, kv) of a mask.
+Shape = tuple[Length, Length, Length]
+
 
 def integer(name: str, value: object, minimum: int, maximum: int = INT32_MAX) -> int:
     """``value`` as a Python int between ``minimum`` and ``maximum``."""

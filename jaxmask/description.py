@@ -37,7 +37,7 @@ class Description:
     shape_is_complete: ClassVar[bool] = False
 
     @property
-    def shape(self) -> tuple[int, int, int]:
+    def shape(self) -> checks.Shape:
         """``(batch, heads, kv)``, each 1 where the mask fits any size."""
         return (1, 1, 1)
 
@@ -187,7 +187,7 @@ class Description:
         return tuple(zip(keys, children, strict=True)), structure
 
     @classmethod
-    def _unflatten(cls, structure: _Structure, children: Iterable[Any]) -> "Description":
+    def _unflatten(cls, structure: _Structure, children: Iterable[Any]) -> Any:
         traced, static = structure
         mask = object.__new__(cls)
         mask._set(**dict(static), **dict(zip(traced, children, strict=True)), _traced_names=traced)
@@ -199,7 +199,7 @@ def _is_static(value: object) -> bool:
     return value is None or isinstance(value, int) or (callable(value) and jax.tree_util.all_leaves([value]))
 
 
-def is_beyond(known: tuple[Any, Any] | None, count: int, first: Any = 0) -> bool:
+def is_beyond(known: tuple[Any, Any] | None, count: checks.Length, first: Any = 0) -> bool:
     """Whether positions from the lowest to the highest are known to reach beyond ``count`` that begin at ``first``."""
     if known is None or checks.is_array(first):
         return False

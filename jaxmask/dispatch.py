@@ -1,36 +1,32 @@
-"""One call for attention: it chooses the implementation, and :func:`explain` says which and why."""
+"""One call for attention, which chooses the implementation."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, Literal
 
-import jax
 import numpy as np
 from jaxtyping import Array, Float
 
-from jaxmask import checks
 from jaxmask.kernels import blocked, fused, xla
 from jaxmask.kernels.call import Bias, Call, checked_call
-from jaxmask.kernels.key_ranges import strips_of
 from jaxmask.mask import Mask
 from jaxmask.positions import KeyPositions, Offset, QueryPositions
 
 Implementation = Literal["cudnn", "tokamax", "splash", "xla", "blocked"]
 
-_RUN: dict[str, Callable[[Call], Any]] = {
+RUN: dict[str, Callable[[Call], Any]] = {
     "cudnn": fused.cudnn,
     "tokamax": fused.tokamax,
     "splash": fused.splash,
     "xla": xla.attention,
     "blocked": blocked.attend,
 }
-_LACKS: dict[str, Callable[[Call], list[str]]] = {
+LACKS: dict[str, Callable[[Call], list[str]]] = {
     "cudnn": fused.cudnn_lacks,
     "tokamax": fused.tokamax_lacks,
     "splash": fused.splash_lacks,
 }
 # Which kernels to try on a platform, the best first.
-_FUSED = {"gpu": ("cudnn", "tokamax"), "tpu": ("splash", "tokamax")}
+FUSED = {"gpu": ("cudnn", "tokamax"), "tpu": ("splash", "tokamax")}
 # Up to so many queries and keys, there is nothing to gain by cutting the scores into tiles.
 _SMALL = 128
 
@@ -91,138 +87,26 @@ def attention(
     (1, 1024, 4, 64)
     """
     call = checked_call(query, key, value, mask, bias, scale, offset, query_positions, key_positions, logits_soft_cap)
-    return _RUN[_choose(call, implementation)[0]](call)
+    return RUN[choose(call, implementation)[0]](call)
 
 
-def _choose(call: Call, implementation: str | None) -> tuple[str, str]:
+def choose(call: Call, implementation: str | None) -> tuple[str, str]:
     """The implementation, and why."""
     if implementation is not None:
-        if implementation not in _RUN:
-            names = ", ".join(map(repr, _RUN))
+        if implementation not in RUN:
+            names = ", ".join(map(repr, RUN))
             raise ValueError(f"implementation must be one of {names}, or None to choose, got {implementation!r}")
-        lacks = _LACKS[implementation](call) if implementation in _LACKS else []
+        lacks = LACKS[implementation](call) if implementation in LACKS else []
         if lacks:
             raise ValueError(
                 f"implementation={implementation!r} cannot do this: {'; '.join(lacks)}; leave implementation out, and "
                 "one is chosen that can"
             )
         return implementation, "it was asked for"
-    for name in _FUSED.get(call.platform, ()):
-        if not _LACKS[name](call):
+    for name in FUSED.get(call.platform, ()):
+        if not LACKS[name](call):
             return name, f"it is a fused kernel of the {call.platform.upper()}, and takes all of the arguments"
     query_length, key_length = call.query.shape[1], call.key.shape[1]
     if max(query_length, key_length) <= _SMALL:
         return "xla", f"at most {_SMALL} queries and keys are too few to gain by tiles"
     return "blocked", f"more than {_SMALL} queries or keys: it skips empty tiles, and writes no scores out"
-
-
-@dataclass(frozen=True, repr=False)
-class Explanation:
-    """Which implementation :func:`attention` uses, and why. ``print`` it.
-
-    Args:
-        implementation: its name.
-        reason: why, in words.
-        lacks: for each other implementation, what it lacks to do the same.
-        sparsity: the fraction of tiles of 128 queries and keys that are EMPTY; ``None`` where the mask is traced.
-        flops: of the two matrix products, in the strips of keys that ``"blocked"`` reads, or of all scores where it is
-            ``"xla"``; ``None`` if unknown.
-        dense_flops: of the two matrix products with all scores.
-        bytes: read and written: query and output once, and for each tile of queries the keys and values of its strips;
-            with all scores besides, written and read, where it is ``"xla"``.
-        dense_bytes: the same with all scores written out.
-    """
-
-    implementation: str
-    reason: str
-    lacks: dict[str, list[str]]
-    sparsity: float | None
-    flops: int | None
-    dense_flops: int
-    bytes: int | None
-    dense_bytes: int
-
-    def __repr__(self) -> str:
-        lines = [f"{self.implementation}: {self.reason}"]
-        lines += [f"  not {name}: {'; '.join(lacks)}" for name, lacks in self.lacks.items() if lacks]
-        if self.sparsity is None:
-            lines.append("  how many tiles are empty is known only when the program runs, for the mask is traced")
-        else:
-            lines.append(f"  {self.sparsity:.1%} of the tiles are empty")
-        if self.flops is not None and self.bytes is not None:
-            lines += [
-                f"  {self.flops:,} FLOPs, {self.flops / self.dense_flops:.1%} of those with all scores",
-                f"  {self.bytes:,} bytes, {self.bytes / self.dense_bytes:.1%} of those with all scores",
-            ]
-        return "\n".join(lines)
-
-
-def explain(
-    query: Any,
-    key: Any,
-    value: Any,
-    mask: Mask | None = None,
-    *,
-    bias: Bias | None = None,
-    scale: float | None = None,
-    offset: Offset | None = None,
-    query_positions: QueryPositions | None = None,
-    key_positions: KeyPositions | None = None,
-    logits_soft_cap: float | None = None,
-    implementation: Implementation | None = None,
-) -> Explanation:
-    """Which implementation :func:`attention` uses for the same arguments, why, and what it costs. Nothing is computed.
-
-    Args:
-        query, key, value: arrays, or their shapes as ``jax.ShapeDtypeStruct``.
-        mask, bias, scale, offset, query_positions, key_positions, logits_soft_cap, implementation: as in
-            :func:`attention`.
-
-    Returns:
-        What to print.
-
-    Raises:
-        ValueError, TypeError: as :func:`attention`.
-
-    >>> import jax.numpy as jnp
-    >>> import jaxmask
-    >>> x = jax.ShapeDtypeStruct((1, 8192, 8, 64), jnp.float32)
-    >>> print(jaxmask.explain(x, x, x, jaxmask.SlidingWindow(512), implementation="blocked"))
-    blocked: it was asked for
-      not cudnn: it is made for GPU; it takes float16 and bfloat16, not float32
-      not tokamax: it is made for GPU and TPU
-      not splash: it is made for TPU
-      not xla: it writes out all scores
-      92.4% of the tiles are empty
-      12,884,901,888 FLOPs, 9.4% of those with all scores
-      134,217,728 bytes, 3.1% of those with all scores
-    """
-    call = checked_call(query, key, value, mask, bias, scale, offset, query_positions, key_positions, logits_soft_cap)
-    chosen, reason = _choose(call, implementation)
-    lacks = {name: _unfit(name, call) for name in _LACKS if name != chosen}
-    slow = {"xla": "it writes out all scores", "blocked": "there are too few scores to cut into tiles"}
-    lacks |= {name: [why] for name, why in slow.items() if chosen in slow and name != chosen}
-    (batch, query_length, heads, dim), (_, key_length, kv_heads, dim_v) = call.query.shape, call.value.shape
-    itemsize = call.query.dtype.itemsize
-    ends = batch * query_length * heads * (dim + dim_v) * itemsize
-    dense_pairs = batch * heads * query_length * key_length
-    dense_bytes = ends + batch * key_length * kv_heads * (dim + dim_v) * itemsize + 2 * 4 * dense_pairs
-    sparsity = pairs = moved = None
-    if not any(map(checks.is_traced, jax.tree.leaves((call.mask, call.positions)))):
-        sparsity = float(call.tiles((128, 128)).sparsity)
-        strips, queries, keys = strips_of(call)
-        each = batch * heads // (strips.count.shape[0] * strips.count.shape[1])
-        read = each * keys * int(strips.count.sum())
-        pairs = read * queries
-        moved = ends + read * (dim + dim_v) * itemsize // (heads // kv_heads)
-    if chosen == "xla":
-        pairs, moved = dense_pairs, dense_bytes
-    each_pair = 2 * (dim + dim_v)
-    flops = None if pairs is None else each_pair * pairs
-    return Explanation(chosen, reason, lacks, sparsity, flops, each_pair * dense_pairs, moved, dense_bytes)
-
-
-def _unfit(name: str, call: Call) -> list[str]:
-    made_for = [platform.upper() for platform, names in _FUSED.items() if name in names]
-    elsewhere = [] if call.platform.upper() in made_for else [f"it is made for {' and '.join(made_for)}"]
-    return elsewhere + [lack for lack in _LACKS[name](call) if not (elsewhere and lack.startswith("it needs"))]

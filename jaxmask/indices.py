@@ -14,6 +14,8 @@ from jax import lax
 from jaxtyping import Array, Bool, Int
 from numpy.lib.mixins import NDArrayOperatorsMixin
 
+from jaxmask import checks
+
 AXES = ("b", "h", "q", "kv")
 
 
@@ -35,11 +37,11 @@ class Run(NDArrayOperatorsMixin):
     """
 
     start: int | Int[Array | np.ndarray, ""]
-    size: int
+    size: checks.Length
     axis: int
 
     @property
-    def shape(self) -> tuple[int, ...]:
+    def shape(self) -> tuple[checks.Length, ...]:
         """``size`` on one of four axes, 1 on the others."""
         return along(self.axis, self.size)
 
@@ -71,7 +73,7 @@ class Run(NDArrayOperatorsMixin):
 
 
 # An index array, an integer, or a run, that broadcasts against the others.
-Index = Int[Array | np.ndarray, "..."] | int | Run
+Index = Int[Array | np.ndarray, "..."] | np.integer[Any] | int | Run
 Allowed = Bool[Array | np.ndarray, "..."] | bool | np.bool_
 
 
@@ -98,12 +100,12 @@ def library(*trees: Any) -> Any:
     return np if is_static(*trees) else jnp
 
 
-def along(axis: int, size: int) -> tuple[int, ...]:
+def along(axis: int, size: checks.Length) -> tuple[checks.Length, ...]:
     """The shape of an index array along one of the four axes."""
     return tuple(size if i == axis else 1 for i in range(4))
 
 
-def iota(size: int, axis: int) -> Int[Array | np.ndarray, "..."]:
+def iota(size: checks.Length, axis: int) -> Int[Array | np.ndarray, "..."]:
     """``0, 1, …`` along one of the four axes; in NumPy, so that :func:`lookup` sees that these are all indices."""
     shape = along(axis, size)
     if jax.export.is_symbolic_dim(size):
@@ -159,7 +161,7 @@ def _slice(array: Any, axis: int, run: Run) -> Any:
     """The elements of a run along one axis, the first and the last repeated for positions beyond them."""
     size, length = run.size, array.shape[axis]
     if is_static(array, run):
-        return array.take(np.arange(run.start, run.start + size), axis, mode="clip")
+        return array.take(run.positions.reshape(-1), axis, mode="clip")
     near = min(size, length)
     start = jnp.clip(run.start, 0, length - near)
     part = lax.dynamic_slice_in_dim(array, start, near, axis)
@@ -179,7 +181,7 @@ def by_batch(value: Any) -> Any:
     return library(value).asarray(value, np.int32).reshape(-1, 1, 1, 1)
 
 
-def inside(index: Index, size: int) -> Allowed:
+def inside(index: Index, size: checks.Length) -> Allowed:
     """Whether an index is one of an axis of ``size``; ``True`` where that is known beforehand of every index."""
     is_inside = (index >= 0) & (index < size)
     return True if isinstance(is_inside, np.ndarray) and is_inside.all() else is_inside
@@ -195,7 +197,7 @@ def as_4d(array: Any) -> Any:
     return array[(None,) * (4 - array.ndim)]
 
 
-def _is_whole(index: Index, axis: int, size: int) -> bool:
+def _is_whole(index: Index, axis: int, size: checks.Length) -> bool:
     """Whether an index is known, now, to be ``0, 1, …, size - 1`` along its own axis."""
     if isinstance(index, Run):
         return isinstance(index.start, int) and (index.start, index.axis, index.size) == (0, axis, size)

@@ -59,15 +59,15 @@ class Mask(Description):
 
     def dense(
         self,
-        query_length: int,
-        key_length: int,
+        query_length: checks.Length,
+        key_length: checks.Length,
         *,
         offset: Offset | None = None,
         query_positions: QueryPositions | None = None,
         key_positions: KeyPositions | None = None,
         batch: int | None = None,
         heads: int | None = None,
-    ) -> Bool[Array, "batch heads query_length key_length"]:
+    ) -> Bool[Array, "batch heads q kv"]:
         """The mask written out, ``True`` where a query may attend to a key.
 
         Args:
@@ -112,8 +112,8 @@ class Mask(Description):
 
     def bias(
         self,
-        query_length: int,
-        key_length: int,
+        query_length: checks.Length,
+        key_length: checks.Length,
         dtype: DTypeLike = jnp.float32,
         *,
         offset: Offset | None = None,
@@ -121,7 +121,7 @@ class Mask(Description):
         key_positions: KeyPositions | None = None,
         batch: int | None = None,
         heads: int | None = None,
-    ) -> Float[Array, "batch heads query_length key_length"]:
+    ) -> Float[Array, "batch heads q kv"]:
         """The mask as what is added to attention scores: ``0`` where a query may attend, else ``finfo(dtype).min``.
 
         Args:
@@ -144,8 +144,8 @@ class Mask(Description):
 
     def tiles(
         self,
-        query_length: int,
-        key_length: int,
+        query_length: checks.Length,
+        key_length: checks.Length,
         *,
         block: int | tuple[int, int] = (128, 128),
         offset: Offset | None = None,
@@ -186,8 +186,8 @@ class Mask(Description):
 
     def split(
         self,
-        query_length: int,
-        key_length: int,
+        query_length: checks.Length,
+        key_length: checks.Length,
         *,
         offset: Offset | None = None,
         query_positions: QueryPositions | None = None,
@@ -309,7 +309,7 @@ class _Combination(Mask):
         return cls(tuple(parts)) if len(parts) > 1 else parts[0] if parts else cls.neutral()
 
     @property
-    def shape(self) -> tuple[int, int, int]:
+    def shape(self) -> checks.Shape:
         return common_shape(self.masks, f"masks joined by {self.symbol}")
 
     def check(self, extent: Extent) -> None:
@@ -355,7 +355,7 @@ class Not(Mask):
     shape_is_complete = True
 
     @property
-    def shape(self) -> tuple[int, int, int]:
+    def shape(self) -> checks.Shape:
         return self.mask.shape
 
     def check(self, extent: Extent) -> None:
@@ -387,7 +387,7 @@ class _AtKeys(Mask):
     keys_by_index, shape_is_complete = True, True
 
     @property
-    def shape(self) -> tuple[int, int, int]:
+    def shape(self) -> checks.Shape:
         batch, heads, _ = self.mask.shape
         *rows, kv = self.key_positions.shape
         return common(batch, *rows), heads, kv
@@ -417,7 +417,7 @@ class _Occupied(Mask):
         return kv.max >= 0, kv.min >= 0
 
 
-def common_shape(masks: Sequence[Mask], joined: str) -> tuple[int, int, int]:
+def common_shape(masks: Sequence[Mask], joined: str) -> checks.Shape:
     """The sizes ``(batch, heads, kv)`` on which masks agree, where 1 fits any other.
 
     Raises:
@@ -436,8 +436,8 @@ def common_shape(masks: Sequence[Mask], joined: str) -> tuple[int, int, int]:
 
 def placed(
     mask: Mask,
-    query_length: int,
-    key_length: int,
+    query_length: checks.Length,
+    key_length: checks.Length,
     offset: Offset | None,
     query_positions: QueryPositions | None,
     key_positions: KeyPositions | None,

@@ -10,8 +10,9 @@ from typing import Any, Generic, TypeVar
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Bool, Integer
 
+from jaxmask import checks
 from jaxmask.indices import Index, by_example, iota
 from jaxmask.positions import LIMIT, Positions, Scalar
 
@@ -39,7 +40,7 @@ class Native:
 
     left: Scalar | None = None
     right: Scalar | None = None
-    length: Scalar | Int[Array | np.ndarray, "batch"] | None = None
+    length: Scalar | Integer[Array | np.ndarray, "batch"] | None = None
     interval: Interval | None = None
 
     def __and__(self, other: "Native") -> "Native":
@@ -50,7 +51,7 @@ class Native:
             _intersection(self.interval, other.interval),
         )
 
-    def keys(self, b: Index, q: Index, key_length: int) -> tuple[Any, Any]:
+    def keys(self, b: Index, q: Index, key_length: checks.Length) -> tuple[Any, Any]:
         """The keys of each query as an interval ``[start, end)`` within ``[0, key_length)``: int32."""
         start, end = jnp.int32(0), jnp.int32(key_length)
         if self.left is not None:
@@ -81,14 +82,14 @@ class Split(Generic[M]):
 
     is_causal: bool
     local_window_size: tuple[int, int] | None
-    key_value_seq_lengths: Int[Array | np.ndarray, "batch"] | None
+    key_value_seq_lengths: Integer[Array | np.ndarray, "batch"] | None
     residual: M
     terms: Native
     positions: Positions
-    batch: int
+    batch: checks.Length
 
     @property
-    def key_interval(self) -> tuple[Int[Array, "batch q"], Int[Array, "batch q"]]:
+    def key_interval(self) -> tuple[Integer[Array, "batch q"], Integer[Array, "batch q"]]:
         """The keys that the arguments leave to each query, ``[start, end)``: int32 ``[batch|1, q]`` each."""
         at, b = self.positions, iota(self.batch, 0)
         ends = self.terms.keys(b, at.of_queries(b, iota(at.query_length, 2)), at.key_length)
@@ -101,7 +102,7 @@ class Split(Generic[M]):
         return start < end
 
 
-def split(parts: Iterable[Any], at: Positions, batch: int, neutral: M, *, intervals: bool) -> Split[M]:
+def split(parts: Iterable[Any], at: Positions, batch: checks.Length, neutral: M, *, intervals: bool) -> Split[M]:
     """Take the native terms of masks that are joined by ``&``. See :meth:`Mask.split`.
 
     Args:
@@ -118,7 +119,8 @@ def split(parts: Iterable[Any], at: Positions, batch: int, neutral: M, *, interv
             terms = terms & said
         else:
             residual = residual & part
-    left, right, length = (None, None, None) if intervals else (terms.left, terms.right, terms.length)
+    limits: tuple[Any, ...] = (None, None, None) if intervals else (terms.left, terms.right, terms.length)
+    left, right, length = limits
     if at.query_length == 1 and right is not None:
         # For a single query, as in a step of decoding, a limit after its position is a number of keys.
         position = at.start if at.queries is None else at.queries[..., 0]

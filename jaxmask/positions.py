@@ -6,17 +6,17 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jaxtyping import Array, Int
+from jaxtyping import Array, Integer
 
 from jaxmask import checks
 from jaxmask.indices import Index, by_batch, by_example, common, lookup
 from jaxmask.spans import Span
 
 # A Python int is static structure; an array in its place is traced.
-Scalar = int | Int[Array | np.ndarray, ""]
-Offset = int | Int[Array | np.ndarray, ""] | Int[Array | np.ndarray, "batch"]
-QueryPositions = Int[Array | np.ndarray, "q"] | Int[Array | np.ndarray, "batch q"]
-KeyPositions = Int[Array | np.ndarray, "kv"] | Int[Array | np.ndarray, "batch kv"]
+Scalar = int | np.integer[Any] | Integer[Array | np.ndarray, ""]
+Offset = Scalar | Integer[Array | np.ndarray, "#batch"]
+QueryPositions = Integer[Array | np.ndarray, "q"] | Integer[Array | np.ndarray, "#batch q"]
+KeyPositions = Integer[Array | np.ndarray, "kv"] | Integer[Array | np.ndarray, "#batch kv"]
 
 # Positions lie between -LIMIT and LIMIT, so that the difference of two of them fits an int32.
 LIMIT = 2**30
@@ -87,8 +87,8 @@ class Positions:
             query_positions = _each("query_positions", query_positions, query_length, "queries", -LIMIT)
         if key_positions is not None:
             # Every negative position is an empty slot.
-            key_positions = _each("key_positions", key_positions, key_length, "keys", -checks.INT32_MAX)
-            key_positions = key_positions.clip(-1)
+            slots = _each("key_positions", key_positions, key_length, "keys", -checks.INT32_MAX)
+            key_positions = slots.clip(-1)
             if offset is None and query_positions is None:
                 raise ValueError(
                     "offset is missing: key_positions says where the keys are, but not where the queries are; say "
@@ -98,12 +98,12 @@ class Positions:
         return cls(query_length, key_length, offset, query_positions, key_positions, is_aligned)
 
     @property
-    def batch(self) -> int:
+    def batch(self) -> checks.Length:
         """The number of examples that the positions tell apart, or 1."""
         return common(*self.batches.values())
 
     @property
-    def batches(self) -> dict[str, int]:
+    def batches(self) -> dict[str, checks.Length]:
         """The number of examples in each argument that has one for each example."""
         arrays: dict[str, tuple[Any, int]] = {
             "offset": (self.first, 1),
@@ -144,14 +144,14 @@ class Positions:
         """The positions of the keys of these indices."""
         return index if self.keys is None else lookup(self.keys, b=b, kv=index)
 
-    def query_span(self, b: Index, indices: Index, size: int) -> Span:
+    def query_span(self, b: Index, indices: Integer[Array | np.ndarray, "..."], size: int) -> Span:
         """The positions of all queries, in tiles of ``size``."""
         if self.queries is None:
             return Span(indices, 2, size, by_batch(self.start))
         return Span(lookup(self.queries, b=b, q=indices), 2, size)
 
 
-def _each(name: str, positions: Any, length: int, what: str, minimum: int) -> Any:
+def _each(name: str, positions: Any, length: checks.Length, what: str, minimum: int) -> Any:
     """The position of each query or key, checked, as int32."""
     positions = checks.int32(name, checks.array(name, positions, "i", 1, 2), minimum, LIMIT)
     if positions.shape[-1] != length:

@@ -4,6 +4,7 @@ Each reading evaluates what a mask says, of pairs or of tiles, on index arrays f
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -21,13 +22,16 @@ from jaxmask.spans import Bounds, Span
 from jaxmask.tiles import from_bounds
 
 # The numbers of examples and heads, as far as the caller tells them.
-Sizes = tuple[int | None, int | None]
+Sizes = tuple[checks.Length | None, checks.Length | None]
 
 
 # The offset is traced even where it is a Python int, so that decoding step by step compiles once.
 @partial(jax.jit, static_argnames="sizes")
 def dense(mask: Description, at: Positions, sizes: Sizes) -> Bool[Array, "batch heads q kv"]:
     """``True`` where a query may attend to a key. See :meth:`jaxmask.Mask.dense`."""
+    if at.first is None and at.queries is None:
+        # Else static positions would make all pairs a constant of the program.
+        at = replace(at, first=jnp.int32(0))
 
     def allows(b: Any, h: Any) -> tuple[Allowed]:
         q, kv = at.of_queries(b, iota(at.query_length, 2)), iota(at.key_length, 3)
@@ -62,7 +66,7 @@ _traced_states = jax.jit(_states, static_argnums=(2, 3))
 
 def _read(
     mask: Description, at: Positions, sizes: Sizes, look: Callable[[Any, Any], tuple[Allowed, ...]]
-) -> tuple[tuple[Allowed, ...], int, int]:
+) -> tuple[tuple[Allowed, ...], checks.Length, checks.Length]:
     """What ``look(b, h)`` says of all examples and heads, and how many of them it tells apart."""
     batch, heads, _ = mask.shape
     for name, size in at.batches.items():
@@ -76,31 +80,36 @@ def _read(
     # An array tells the size of the batch, be it 1. An axis of one head tells nothing: arrays have it to fit any.
     if 0 in unknown and any(np.ndim(array) > 0 for array in jax.tree.leaves((mask, at))):
         unknown.remove(0)
-    if unknown and not all(part.shape_is_complete for part in mask.parts()) and _depends_on(look, unknown):
-        names = " or ".join(("batch", "heads")[axis] for axis in unknown if _depends_on(look, [axis]))
-        raise ValueError(
-            f"{mask!r} looks at its index of {names}, but nothing says how many there are: give the size, as by "
-            f"Predicate(fn, {names}=…) or by {names}= where the mask is read, or combine it with a mask that has it"
-        )
-    found = look(iota(sizes[0] or batch, 0), iota(sizes[1] or heads, 1))
-    shapes = [np.shape(part) for part in found if np.ndim(part) == 4]
-    return found, common(batch, *(shape[0] for shape in shapes)), common(heads, *(shape[1] for shape in shapes))
+    b, h = iota(sizes[0] or batch, 0), iota(sizes[1] or heads, 1)
+    if unknown and not all(part.shape_is_complete for part in mask.parts()):
+        answers = _independent(look, b, h, unknown)
+        if answers is None:
+            names = [("batch", "heads")[axis] for axis in unknown if _independent(look, b, h, [axis]) is None]
+            raise ValueError(
+                f"{mask!r} looks at its index of {' and '.join(names)}, but nothing says how many there are: give the "
+                f"size, as by Predicate(fn, {names[0]}=…) or by {names[0]}= where the mask is read, or combine it with "
+                "a mask that has it"
+            )
+    else:
+        answers = look(b, h)
+    shapes = [np.shape(part) for part in answers if np.ndim(part) == 4]
+    return answers, common(batch, *(shape[0] for shape in shapes)), common(heads, *(shape[1] for shape in shapes))
 
 
-def _depends_on(look: Callable[[Any, Any], tuple[Allowed, ...]], axes: list[int]) -> bool:
-    """Whether an answer depends on the example or the head: whether a batch of indices makes a batch of answers."""
-    one = np.zeros((1, 1, 1, 1), np.int32)
+def _independent(look: Callable[[Any, Any], tuple[Allowed, ...]], b: Any, h: Any, axes: list[int]) -> Any:
+    """``look(b, h)``, or ``None`` where it depends on the index along one of these axes of size 1.
 
-    def answer(*indices: Any) -> list[Any]:
-        b, h = (indices[axes.index(axis)] if axis in axes else one for axis in (0, 1))
-        return [jnp.asarray(part) for part in look(b, h)]
+    It depends on an index where a batch of indices makes a batch of answers, which ``vmap`` knows.
+    """
+
+    def answer(*indices: Any) -> tuple[Allowed, ...]:
+        return look(*(indices[axes.index(axis)] if axis in axes else index for axis, index in enumerate((b, h))))
 
     try:
-        jax.eval_shape(jax.vmap(answer, out_axes=None), *[one[None]] * len(axes))
+        return jax.vmap(answer, out_axes=None)(*[np.zeros((1, 1, 1, 1, 1), np.int32)] * len(axes))
     except ValueError:
-        answer(*[one] * len(axes))  # an error of the mask itself is raised as it is
-        return True
-    return False
+        look(b, h)  # an error of the mask itself is raised as it is
+        return None
 
 
 def _as_bool(mask: Description, allowed: Any) -> Allowed:

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import numpy as np
 from jaxtyping import Array, Int
 
+from jaxmask import checks
 from jaxmask.indices import Allowed, library
 
 # Whether some pair of each tile may attend, and whether every pair may.
@@ -30,7 +31,7 @@ class Span:
 
     indices: Int[Array | np.ndarray, "..."]
     axis: Literal[2, 3]
-    size: int
+    size: checks.Length
     first: Int[Array | np.ndarray, "..."] | int = 0
 
     def at(self, positions: Int[Array | np.ndarray, "..."]) -> "Span":
@@ -71,3 +72,8 @@ class Span:
         values = xp.concatenate((values, xp.repeat(last, missing, self.axis)), self.axis)
         tiled = values.reshape(*values.shape[: self.axis], -1, self.size, *values.shape[self.axis + 1 :])
         return getattr(xp, name)(tiled, axis=self.axis + 1)
+
+
+def share(q_min: Any, q_max: Any, kv_min: Any, kv_max: Any) -> Bounds:
+    """Whether some, and every, pair has equal numbers, where those of a tile are known to lie in a range."""
+    return (q_min <= kv_max) & (kv_min <= q_max), (q_min == kv_max) & (q_max == kv_min)

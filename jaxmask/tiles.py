@@ -26,7 +26,7 @@ __all__ = ["EMPTY", "FULL", "PARTIAL", "Bounds", "Span", "TileMap", "from_bounds
 EMPTY, PARTIAL, FULL = 0, 1, 2
 
 
-def from_bounds(some: Allowed, every: Allowed, shape: tuple[int, int, int, int]) -> Int8[Array | np.ndarray, "..."]:
+def from_bounds(some: Allowed, every: Allowed, shape: tuple[checks.Length, ...]) -> Int8[Array | np.ndarray, "..."]:
     """EMPTY where not ``some`` pair may attend, FULL where ``every`` pair may, else PARTIAL."""
     # NumPy knows no symbolic dimensions of `jax.export`.
     xp = jnp if any(map(jax.export.is_symbolic_dim, shape)) else library(some, every)
@@ -61,8 +61,8 @@ class TileMap:
     [1 2] [0 1]
     """
 
-    states: Int8[Array | np.ndarray, "batch heads q_tiles kv_tiles"]
-    mask: Description
+    states: Int8[Array | np.ndarray, "..."]
+    mask: Any  # a Mask, whose module is built on this one
     offset: Offset
     query_length: checks.Length
     key_length: checks.Length
@@ -90,7 +90,7 @@ class TileMap:
         return xp.stack([(self.states == state).sum(dtype=np.int32) for state in (EMPTY, PARTIAL, FULL)])
 
     @property
-    def sparsity(self) -> Float[Array | np.ndarray, ""]:
+    def sparsity(self) -> Float[Array | np.floating[Any], ""]:
         """The fraction of tiles that are EMPTY, between 0 and 1."""
         return (self.states == EMPTY).mean()
 

@@ -1,4 +1,4 @@
-"""The PyTorch side of jaxmask: what Transformers' masks mean, in PyTorch, and the comparison of both, bit for bit."""
+"""The PyTorch side of jaxmask: tensors, block masks and weights for users, and the comparison of both sides."""
 
 from torch_compat.bridge import to_jax, to_torch
 

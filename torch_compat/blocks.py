@@ -14,26 +14,26 @@ from jaxmask.indices import by_example, iota, is_static, library
 from jaxmask.mask import Offset
 from jaxmask.tiles import in_order
 
-# How many tiles are written out at once: 8 MiB of bools, in tiles of 128 by 128.
+# The number of tiles that are written out at once: 8 MiB of bools in tiles of 128 by 128.
 _TILES_AT_ONCE = 512
 
 
 def to_block_mask(tiles: TileMap, mask_mod: Callable[..., torch.Tensor] | None = None) -> BlockMask:
-    """The ``BlockMask`` that ``create_block_mask`` makes of the same mask, without a look at tiles that are decided.
+    """The ``BlockMask`` that ``create_block_mask`` makes of the same mask, in less time.
 
-    ``create_block_mask`` decides each tile by all of its pairs. Here so is a PARTIAL one, and no other. As there, a
-    ragged last tile is never full.
+    ``create_block_mask`` looks at all pairs of every tile, this function only at those of PARTIAL tiles. A ragged last
+    tile is never full in either.
 
     Args:
-        tiles: of :meth:`jaxmask.Mask.tiles`, not traced.
-        mask_mod: the mask as a function of PyTorch, which kernels call in partial tiles. Unless it is given, pairs are
-            looked up in a tensor of the partial tiles, of ``block[0] * block[1]`` bytes for each.
+        tiles: what :meth:`jaxmask.Mask.tiles` returns, not traced.
+        mask_mod: the mask as a function of PyTorch, which kernels call in partial tiles. By default it looks pairs up
+            in a tensor of the partial tiles, which takes ``block[0] * block[1]`` bytes for each of them.
 
     Returns:
-        On the CPU; ``to(device)`` moves it.
+        A ``BlockMask`` on the CPU. ``to(device)`` moves it.
 
     Raises:
-        TypeError: no ``TileMap``, or a traced one.
+        TypeError: ``tiles`` is not a ``TileMap``, or it is traced.
 
     >>> from jaxmask import Causal
     >>> to_block_mask(Causal().tiles(256, 256)).full_kv_num_blocks
@@ -61,12 +61,12 @@ def to_block_mask(tiles: TileMap, mask_mod: Callable[..., torch.Tensor] | None =
 
 
 def _counted(chosen: Bool[np.ndarray, "batch heads q_tiles kv_tiles"]) -> tuple[torch.Tensor, torch.Tensor]:
-    """How many tiles of each row are chosen, and the tiles of each row, the chosen ones first."""
+    """The number of chosen tiles in each row, and the tiles of each row with the chosen ones first."""
     return torch.from_numpy(chosen.sum(axis=3, dtype=np.int32)), torch.from_numpy(in_order(~chosen))
 
 
 def _is_whole(tiles: TileMap) -> Bool[np.ndarray, "q_tiles kv_tiles"]:
-    """Which tiles have as many queries and keys as a tile can have."""
+    """The tiles that have as many queries and keys as a tile can have."""
     whole = [
         (np.arange(count) + 1) * size <= length
         for count, size, length in zip(
@@ -77,13 +77,13 @@ def _is_whole(tiles: TileMap) -> Bool[np.ndarray, "q_tiles kv_tiles"]:
 
 
 def _written_out(tiles: TileMap, places: Int[np.ndarray, "tiles 4"]) -> Bool[np.ndarray, "tiles q kv"]:
-    """The pairs of the tiles at ``places``; what is beyond the last query or key is not allowed."""
+    """The pairs of the tiles at ``places``. Pairs beyond the last query or key are not allowed."""
     written = [np.zeros((0, *tiles.block), np.bool_)]
     static = is_static(tiles.mask, tiles.offset)
     lengths = tiles.query_length, tiles.key_length
     for start in range(0, len(places), _TILES_AT_ONCE):
         part = places[start : start + _TILES_AT_ONCE].astype(np.int32)
-        # Few sizes, for each is another compilation.
+        # Few sizes, since each is another compilation.
         padding = 0 if static else max(8, 1 << (len(part) - 1).bit_length()) - len(part)
         padded = np.pad(part, ((0, padding), (0, 0)))
         pairs = (_pairs if static else _traced_pairs)(tiles.mask, tiles.offset, padded, lengths, tiles.block)
@@ -98,7 +98,7 @@ def _pairs(
     lengths: tuple[int, int],
     block: tuple[int, int],
 ) -> Bool[Array | np.ndarray, "tiles q kv"]:
-    """Whether each pair of some tiles may attend; NumPy where nothing is a JAX array."""
+    """Whether each pair of some tiles may attend. NumPy computes it where nothing is a JAX array."""
     b, h, q_tile, kv_tile = (place.reshape(-1, 1, 1, 1) for place in places.T)
     row = q_tile * block[0] + iota(block[0], 2)
     kv = kv_tile * block[1] + iota(block[1], 3)
@@ -110,15 +110,15 @@ _traced_pairs = jax.jit(_pairs, static_argnums=(3, 4))
 
 
 def _lookup(tiles: TileMap, states: Any, undecided: Any, patterns: Any) -> Callable[..., torch.Tensor]:
-    """A ``mask_mod`` that looks pairs up: in the pattern of their tile, if it is partial."""
-    # Two patterns for all that is decided, at the places of EMPTY and FULL, and one for each tile that is not.
+    """A ``mask_mod`` that looks pairs up in the pattern of their tile."""
+    # Patterns 0 and 1 are those of EMPTY and FULL tiles. Each PARTIAL tile has its own.
     is_partial = states[tuple(undecided.T)] == PARTIAL
-    found = np.concatenate(
+    all_patterns = np.concatenate(
         [np.zeros((1, *tiles.block), np.bool_), np.ones((1, *tiles.block), np.bool_), patterns[is_partial]]
     )
     which = (states == FULL).astype(np.int32)
     which[tuple(undecided[is_partial].T)] = 2 + np.arange(is_partial.sum())
-    table, place = torch.from_numpy(found), torch.from_numpy(which)
+    table, place = torch.from_numpy(all_patterns), torch.from_numpy(which)
     queries, keys = tiles.block
     batch, heads = which.shape[:2]
 

@@ -1,7 +1,7 @@
-"""Tensors from one framework to the other, by DLPack: without a copy where the frameworks allow it.
+"""Tensors from one framework in the other, by DLPack, without a copy where the frameworks allow it.
 
-A shared buffer is one buffer. JAX takes its arrays to be immutable: do not write into a tensor that came from one, nor
-into a tensor that was handed to JAX.
+Both then share one buffer. JAX takes its arrays to be immutable, so do not write into a tensor that came from JAX or
+that was handed to JAX.
 """
 
 import jax
@@ -15,10 +15,13 @@ def to_torch(array: jax.Array) -> torch.Tensor:
     """A JAX array as a PyTorch tensor of the same dtype, bfloat16 and bool included, on the same memory.
 
     Args:
-        array: any shape, on one device.
+        array: any shape and dtype, on one device.
+
+    Returns:
+        A tensor of the same shape, on the same device.
 
     Raises:
-        TypeError: not a JAX array; a traced array, which has no contents yet.
+        TypeError: ``array`` is not a JAX array, or it is traced and has no contents yet.
 
     >>> to_torch(jnp.array([True, False]))
     tensor([ True, False])
@@ -33,14 +36,17 @@ def to_torch(array: jax.Array) -> torch.Tensor:
 def to_jax(tensor: torch.Tensor) -> jax.Array:
     """A PyTorch tensor as a JAX array of the same dtype, bfloat16 and bool included.
 
-    The memory is shared where the tensor is contiguous and aligned as JAX wants it; else it is copied.
+    The memory is shared where the tensor is contiguous and aligned as JAX needs it, and copied otherwise.
 
     Args:
-        tensor: any shape; detached from autograd.
+        tensor: any shape, detached from autograd.
+
+    Returns:
+        An array of the same shape.
 
     Raises:
-        TypeError: not a PyTorch tensor.
-        ValueError: a 64-bit tensor while 64-bit mode is off, or one that requires grad.
+        TypeError: ``tensor`` is not a PyTorch tensor.
+        ValueError: it has 64 bits while 64-bit mode is off, or it requires grad.
 
     >>> to_jax(torch.tensor([1.5, 2.5], dtype=torch.bfloat16))
     Array([1.5, 2.5], dtype=bfloat16)
@@ -48,7 +54,7 @@ def to_jax(tensor: torch.Tensor) -> jax.Array:
     if not isinstance(tensor, torch.Tensor):
         raise TypeError(f"tensor must be a PyTorch tensor, got a {type(tensor).__name__}")
     if tensor.requires_grad:
-        raise ValueError("tensor requires grad, which JAX could not carry on: hand over tensor.detach()")
+        raise ValueError("tensor requires grad, which JAX cannot continue: hand over tensor.detach()")
     if tensor.dtype in (torch.int64, torch.float64) and not checks.has_64_bits():
         raise ValueError(
             f"tensor is {tensor.dtype}, and JAX would cut it to 32 bits: convert it first, as by "
@@ -59,7 +65,7 @@ def to_jax(tensor: torch.Tensor) -> jax.Array:
 
 
 def bits(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor as integers, so that -0.0 is not 0.0."""
+    """The bits of the tensor as integers, so that -0.0 differs from 0.0."""
     integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     return tensor.contiguous().view(integers[tensor.element_size()])
 

@@ -1,16 +1,19 @@
-"""What the mask operations mean, said in PyTorch: an oracle written from the description, not from Transformers' code.
+"""What the operations mean that Transformers 5.24 no longer has, in PyTorch.
 
-Names and signatures are those of ``transformers.modeling_attn_mask_utils``, so that one call runs on either. It differs
-from that module in three ways: ``dtype`` is all that decides about float64 (there the global default dtype must be
-float64 too); a 4D mask may be bool; and where PyTorch would fail with a ``RuntimeError`` about shapes deep inside, this
-raises a ``ValueError``.
+This is an oracle, written from the description and not from Transformers' code. Names and signatures are those of
+``transformers.modeling_attn_mask_utils``, so that the same call runs on either. The differences are: ``dtype`` alone
+decides about float64, where Transformers also needs the global default dtype; a 4D mask may be bool; and shapes that do
+not fit are a ``ValueError``, where PyTorch raises a ``RuntimeError`` deep inside.
 """
 
-from collections.abc import Sequence
+# pyright: reportUnusedFunction=false, reportPrivateUsage=false
+
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 
 @dataclass(frozen=True)
@@ -27,7 +30,7 @@ class AttentionMaskConverter:
     def to_causal_4d(
         self, batch_size: int, query_length: int, key_value_length: int, dtype: torch.dtype, device: object = "cpu"
     ) -> Tensor | None:
-        """``[batch, 1, q, kv]``, the last query at the last key; ``None`` for one query without window."""
+        """``[batch, 1, q, kv]`` with the last query at the last key. ``None`` for one query without a window."""
         if not self.is_causal:
             raise ValueError("to_causal_4d is for causal converters")
         if query_length == 1 and self.sliding_window is None:
@@ -40,7 +43,7 @@ class AttentionMaskConverter:
     def to_4d(
         self, attention_mask_2d: Tensor, query_length: int, dtype: torch.dtype, key_value_length: int | None = None
     ) -> Tensor:
-        """``[batch, 1, q, kv]``: the minimum where the 2D mask or, if causal, the future masks."""
+        """``[batch, 1, q, kv]``: the minimum where the 2D mask masks, and for later keys if causal."""
         if self.sliding_window is not None and not self.is_causal:
             raise NotImplementedError("a window without causality")
         allowed = _is_one(attention_mask_2d, dtype)[:, None, None, :].expand(-1, -1, query_length, -1)
@@ -60,20 +63,20 @@ class AttentionMaskConverter:
         past_key_values_length: int = 0,
         sliding_window: int | None = None,
     ) -> Tensor:
-        """The causal mask of new tokens after past ones; a window lets ``sliding_window + 1`` keys through."""
+        """The causal mask of new tokens after past ones. A window lets ``sliding_window + 1`` keys through."""
         batch_size, query_length = input_ids_shape
         allowed = _causal(query_length, past_key_values_length, sliding_window)
         return _bias(allowed, dtype).expand(batch_size, 1, -1, -1)
 
     @staticmethod
     def _expand_mask(mask: Tensor, dtype: torch.dtype, tgt_len: int | None = None) -> Tensor:
-        """``[batch, kv]`` to ``[batch, 1, tgt_len, kv]``: all that is not one becomes the minimum."""
+        """``[batch, kv]`` to ``[batch, 1, tgt_len, kv]``: every element that is not one becomes the minimum."""
         tgt_len = mask.shape[-1] if tgt_len is None else tgt_len
         return _bias(_is_one(mask, dtype)[:, None, None, :].expand(-1, -1, tgt_len, -1), dtype)
 
     @staticmethod
     def _unmask_unattended(expanded_mask: Tensor, min_dtype: float) -> Tensor:
-        """Rows that are the minimum throughout, multiplied by zero: -0.0."""
+        """The mask, with rows that are all minimum multiplied by zero, which makes them -0.0."""
         if expanded_mask.dtype == torch.bool:
             raise ValueError("a bool mask cannot be multiplied")
         attended = (expanded_mask != min_dtype).any(dim=-1, keepdim=True)
@@ -87,14 +90,14 @@ class AttentionMaskConverter:
         sliding_window: int | None = None,
         is_training: bool = False,
     ) -> bool:
-        """Whether ``is_causal`` of scaled-dot-product attention says all that the mask says."""
+        """Whether ``is_causal`` of scaled-dot-product attention means the same as the mask."""
         query_length = inputs_embeds.shape[1]
         key_value_length = query_length + past_key_values_length
         if sliding_window is not None and key_value_length >= sliding_window:
             return False
         if query_length > 1 and past_key_values_length > 0:
             return False
-        tracing = torch.compiler.is_compiling()
+        tracing = _is_tracing(inputs_embeds)
         if attention_mask is None:
             return is_training or not tracing
         return attention_mask.dim() == 2 and not tracing and bool((attention_mask == 1).all())
@@ -107,7 +110,7 @@ def _prepare_4d_causal_attention_mask(
     past_key_values_length: int,
     sliding_window: int | None = None,
 ) -> Tensor | None:
-    """The causal mask of a model's inputs; a 4D mask says everything itself."""
+    """The causal mask of a model's inputs. A 4D mask is complete by itself."""
     batch_size, query_length = input_shape
     key_value_length = query_length + past_key_values_length
     converter = AttentionMaskConverter(True, sliding_window)
@@ -133,7 +136,7 @@ def _prepare_4d_causal_attention_mask_for_sdpa(
     past_key_values_length: int,
     sliding_window: int | None = None,
 ) -> Tensor | None:
-    """As above, ``None`` where ``is_causal`` will do; a 4D mask comes back as it is."""
+    """The same, but ``None`` where ``is_causal`` suffices. A 4D mask comes back as it is."""
     if AttentionMaskConverter._ignore_causal_mask_sdpa(
         attention_mask, inputs_embeds, past_key_values_length, sliding_window
     ):
@@ -151,8 +154,8 @@ def _prepare_4d_attention_mask(mask: Tensor, dtype: torch.dtype, tgt_len: int | 
 
 
 def _prepare_4d_attention_mask_for_sdpa(mask: Tensor, dtype: torch.dtype, tgt_len: int | None = None) -> Tensor | None:
-    """As above, ``None`` where nothing is masked."""
-    if not torch.compiler.is_compiling() and bool((mask == 1).all()):
+    """The same, but ``None`` where nothing is masked."""
+    if not _is_tracing(mask) and bool((mask == 1).all()):
         return None
     return AttentionMaskConverter._expand_mask(mask, dtype, tgt_len)
 
@@ -164,10 +167,26 @@ def _create_4d_causal_attention_mask(
     past_key_values_length: int = 0,
     sliding_window: int | None = None,
 ) -> Tensor | None:
-    """The causal mask of an input's shape."""
+    """The causal mask for the shape of an input."""
     batch_size, query_length = input_shape
     converter = AttentionMaskConverter(True, sliding_window)
     return converter.to_causal_4d(batch_size, query_length, query_length + past_key_values_length, dtype, device)
+
+
+def packed_sequence_compatibility_function(
+    mask_function: Callable[..., Tensor], position_ids: Tensor, packed_sequence_mask: Tensor
+) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
+    """A mask function within each packed sequence, whose positions count from 0: a part of ``masking_utils``."""
+
+    def inner_mask(b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
+        is_same = packed_sequence_mask[b, q] == packed_sequence_mask[b, kv]
+        return is_same & mask_function(b, h, position_ids[b, q], position_ids[b, kv])
+
+    return inner_mask
+
+
+def _is_tracing(tensor: Tensor) -> bool:
+    return torch.compiler.is_compiling() or isinstance(tensor, FakeTensor)
 
 
 def _causal(query_length: int, past_key_values_length: int, sliding_window: int | None) -> Tensor:

@@ -9,6 +9,6 @@ from jaxmask.tiles import TileMap
 __all__ = ["html", "html_tiles", "plot", "show", "show_tiles"]
 
 # Masks and tiles know nothing of drawing, which is built on them. So their pictures are given to them from here.
-Mask._repr_html_ = html
-TileMap._repr_html_ = html_tiles
+Mask._repr_html_ = html  # pyright: ignore[reportPrivateUsage]
+TileMap._repr_html_ = html_tiles  # pyright: ignore[reportPrivateUsage]
 TileMap.show = show_tiles

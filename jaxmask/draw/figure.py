@@ -198,7 +198,9 @@ def _draw_panel(ax: "Axes", view: View, cells: Cells, tiles: Cells | None, b: in
     ax.spines[:].set_visible(False)
 
 
-def _corners(i: int, j: int, block: Block, lengths: tuple[int, int]) -> list[tuple[float, float]]:
+def _corners(
+    i: int | np.integer[Any], j: int | np.integer[Any], block: Block, lengths: tuple[int, int]
+) -> list[tuple[float, float]]:
     """The corners of a tile, a little inside it, so that the outlines of neighbours are seen beside each other."""
     inset = 0.04 * min(block)
     (top, bottom), (left, right) = (

@@ -6,7 +6,6 @@ A large mask is drawn by its tiles, so that it is never written out to be drawn 
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import jax
@@ -69,13 +68,11 @@ class View:
         query_length = checks.length("query_length", query_length)
         lengths = query_length, query_length if key_length is None else checks.length("key_length", key_length)
         # A single tile, which is never computed, refuses bad positions before they become labels.
-        tile = jax.eval_shape(partial(mask.tiles, *lengths, block=lengths, **given))
+        states = jax.eval_shape(lambda: mask.tiles(*lengths, block=lengths, **given).states)
         starts = np.reshape(given.get("offset", 0), (-1, 1))
         queries = given.get("query_positions", starts + np.arange(lengths[0]))
         keys = given.get("key_positions", np.arange(lengths[1]))
-        labels = (
-            np.broadcast_to(positions, (tile.states.shape[0], positions.shape[-1])) for positions in (queries, keys)
-        )
+        labels = (np.broadcast_to(positions, (states.shape[0], positions.shape[-1])) for positions in (queries, keys))
         return cls(mask, lengths, given, *labels)
 
     @classmethod

@@ -1,10 +1,10 @@
-"""What a Flax model needs of jaxmask: attention, caches, reference models, generation."""
+"""jaxmask for Flax: attention, caches, reference models, and generation of text."""
 
 from jaxmask.attention_fn import make_attention_fn
-from jaxmask.flax.cache import Cache, LayerCache, Seen, Step
-from jaxmask.flax.decoder import Decoder, DecoderConfig, DecoderLayer, Llama3Scaling, Rope
-from jaxmask.flax.encoder import Encoder, EncoderConfig, mean_pool
-from jaxmask.flax.generate import Generated, generate, left_pad
+from jaxmask.flax.cache import Cache, KeysAndValues, LayerCache, Seen, Step
+from jaxmask.flax.models.decoder import Decoder, DecoderConfig, DecoderLayer, Llama3Scaling, Rope
+from jaxmask.flax.models.encoder import Encoder, EncoderConfig, mean_pool
+from jaxmask.flax.models.generate import Generated, generate, left_pad
 
 __all__ = [
     "Cache",
@@ -14,6 +14,7 @@ __all__ = [
     "Encoder",
     "EncoderConfig",
     "Generated",
+    "KeysAndValues",
     "LayerCache",
     "Llama3Scaling",
     "Rope",

@@ -1,15 +1,13 @@
-"""Keys and values that are kept for the tokens to come: pytrees of static shape, which say where everything is.
+"""A cache of keys and values: a pytree of static shape that knows the position of every key it holds.
 
-A token at position ``p`` of its row is in slot ``p`` of a layer that keeps all, and in slot ``p % window`` of a layer
-with a window, which is a ring buffer. Padding has no slot. So the number of tokens in each row says what is where.
+A layer that keeps all keys holds the token at position ``p`` in slot ``p``. A layer with a window is a ring buffer and
+holds it in slot ``p % window``. Padding takes no slot. So the number of tokens in a row tells what each slot holds.
 """
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple, SupportsIndex
 
 import jax
 import jax.numpy as jnp
@@ -18,18 +16,19 @@ from jax import lax
 from jaxtyping import Array, Bool, DTypeLike, Float, Int
 
 from jaxmask import checks
-from jaxmask.dispatch import attention
+from jaxmask.dispatch import Implementation, attention
+from jaxmask.kernels.call import Bias
 from jaxmask.mask import Mask
 from jaxmask.masks import Window
 
 
-class Seen(NamedTuple):
-    """What the queries of a step may attend to, as :func:`jaxmask.attention` takes it.
+class KeysAndValues(NamedTuple):
+    """The keys and values that the queries of a step may attend to, as :func:`jaxmask.attention` takes them.
 
     Args:
         key, value: ``[batch, kv, kv_heads, dim]``.
         offset: int32 ``[batch]``, the position of the first query of the step.
-        key_positions: int32 ``[batch, kv]``, negative where there is no token.
+        key_positions: int32 ``[batch, kv]``, negative for an empty slot.
     """
 
     key: Float[Array, "batch kv kv_heads dim"]
@@ -38,17 +37,26 @@ class Seen(NamedTuple):
     key_positions: Int[Array, "batch kv"]
 
 
+Seen = KeysAndValues  # the name it had before
+
+
+class _Pytree:
+    """The base of dataclasses that JAX also builds from shapes, whose fields a run-time type checker must not check."""
+
+    __no_type_check__ = True
+
+
 @partial(jax.tree_util.register_dataclass, data_fields=("offset", "before", "after", "fits"), meta_fields=("count",))
 @dataclass(frozen=True, eq=False)
-class Step:
-    """Where the new tokens of a step are, in every layer. :meth:`Cache.step` makes it.
+class Step(_Pytree):
+    """The positions of the new tokens of a step, the same in every layer. :meth:`Cache.step` makes it.
 
     Args:
-        count: how many new tokens each row is given, padding included; static.
-        offset: int32 ``[batch]``, the position of the first of them. Negative where a row begins with padding.
-        before, after: int32 ``[batch]``, how many tokens a row has before and after the step, padding not included.
-        fits: bool ``[batch]``, whether the row has room for them. A compiled program cannot raise: where it has none,
-            what :meth:`LayerCache.attend` returns is NaN, and nothing subtly wrong.
+        count: the number of new tokens in each row, padding included; static.
+        offset: int32 ``[batch]``, the position of the first of them; negative where a row begins with padding.
+        before, after: int32 ``[batch]``, the number of tokens in each row before and after the step, without padding.
+        fits: bool ``[batch]``, whether the row has room for them. A compiled program cannot raise, so
+            :meth:`LayerCache.attend` returns NaN for a row without room.
     """
 
     count: int
@@ -59,25 +67,25 @@ class Step:
 
     @property
     def positions(self) -> Int[Array, "batch q"]:
-        """The position of each new token, as rotary embeddings take it; that of padding is of no consequence."""
+        """The position of each new token, for rotary embeddings. At padding it means nothing."""
         return self.offset[:, None] + np.arange(self.count, dtype=np.int32)
 
     def is_new(self, positions: Int[Array, "batch kv"]) -> Bool[Array, "batch kv"]:
-        """Whether these are positions of tokens of the step."""
+        """Whether each position is that of a token of this step."""
         return (positions >= self.before[:, None]) & (positions < self.after[:, None])
 
     def or_nan(self, array: Float[Array, "batch q heads dim"]) -> Float[Array, "batch q heads dim"]:
-        """NaN in the rows that have no room."""
+        """The array, with NaN in the rows without room."""
         return jnp.where(self.fits[:, None, None, None], array, jnp.nan)
 
     def end(self, layers: "Sequence[LayerCache]") -> "Cache":
-        """The cache after the step, of the layers as :meth:`LayerCache.attend` returned them."""
+        """The cache after the step, made of the layers that :meth:`LayerCache.attend` returned."""
         return Cache(tuple(layers), self.after)
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=("key", "value"), meta_fields=("is_ring",))
 @dataclass(frozen=True, eq=False)
-class LayerCache:
+class LayerCache(_Pytree):
     """The keys and values of one layer.
 
     Args:
@@ -90,55 +98,57 @@ class LayerCache:
     is_ring: bool
 
     def positions(self, tokens: Int[Array, "batch"]) -> Int[Array, "batch slots"]:
-        """The position of what is in each slot when rows have that many tokens; negative where there is nothing."""
+        """The position of the key in each slot once a row has ``tokens`` tokens; negative for an empty slot."""
         slots, last = self.key.shape[1], tokens[:, None] - 1
         return last - (last - np.arange(slots, dtype=np.int32)) % slots
 
     def update(
         self, step: Step, key: Float[Array, "batch q kv_heads dim"], value: Float[Array, "batch q kv_heads dim"]
-    ) -> "tuple[LayerCache, Seen]":
+    ) -> tuple["LayerCache", KeysAndValues]:
         """Store the new keys and values.
 
         Returns:
-            The layer with them, and all that the queries of the step may attend to: of a ring that takes many tokens at
-            once, also those whose slots are taken by the end of the step.
+            The layer with them, and what the queries of the step may attend to. A ring that takes several tokens at
+            once overwrites keys that the first of them still attend to. Those keys are included.
 
         Raises:
             ValueError: the shapes do not fit the cache.
-            TypeError: nor do the dtypes.
+            TypeError: the dtypes do not fit the cache.
         """
-        for name, new, kept in (("key", key, self.key), ("value", value, self.value)):
+        for name, new, old in (("key", key, self.key), ("value", value, self.value)):
             checks.array(name, new, "f", 4)
-            wanted = (kept.shape[0], step.count, *kept.shape[2:])
-            if new.shape != wanted:
+            shape = (old.shape[0], step.count, *old.shape[2:])
+            if new.shape != shape:
                 raise ValueError(
-                    f"{name} must be [batch, q, kv_heads, dim] = {list(wanted)}, one for each token of the step and as "
-                    f"the cache was made, got {checks.describe(new)}"
+                    f"{name} must be [batch, q, kv_heads, dim] = {list(shape)}, for the tokens of the step and the "
+                    f"heads of the cache, got {checks.describe(new)}"
                 )
-            if new.dtype != kept.dtype:
+            if new.dtype != old.dtype:
                 raise TypeError(
-                    f"{name} must have the dtype of the cache, {kept.dtype}, got {checks.describe(new)}; give "
+                    f"{name} must have the dtype of the cache, {old.dtype}, got {checks.describe(new)}; give "
                     "Cache.empty the dtype of the model"
                 )
-        after = LayerCache(self._write(step, self.key, key), self._write(step, self.value, value), self.is_ring)
+        layer = LayerCache(self._write(step, self.key, key), self._write(step, self.value, value), self.is_ring)
         if not self.is_ring or step.count == 1:
-            return after, Seen(after.key, after.value, step.offset, self.positions(step.after))
-        new = jnp.where(step.is_new(step.positions), step.positions, -1)
-        return after, Seen(
+            return layer, KeysAndValues(layer.key, layer.value, step.offset, self.positions(step.after))
+        positions = jnp.where(step.is_new(step.positions), step.positions, -1)
+        return layer, KeysAndValues(
             jnp.concatenate((self.key, step.or_nan(key)), 1),
             jnp.concatenate((self.value, step.or_nan(value)), 1),
             step.offset,
-            jnp.concatenate((self.positions(step.before), new), 1),
+            jnp.concatenate((self.positions(step.before), positions), 1),
         )
 
-    def _write(self, step: Step, kept: Any, new: Any) -> Any:
-        """``kept`` with ``new`` in the slots of its tokens."""
-        slots, count = kept.shape[1], step.count
+    def _write(
+        self, step: Step, old: Float[Array, "batch slots kv_heads dim"], new: Float[Array, "batch q kv_heads dim"]
+    ) -> Float[Array, "batch slots kv_heads dim"]:
+        """``old`` with ``new`` in the slots of its tokens."""
+        slots, count = old.shape[1], step.count
         if self.is_ring and count > 1:
-            start, window, positions = None, kept, self.positions(step.after)
-        else:  # only as many slots are touched as there are new tokens
+            start, window, positions = None, old, self.positions(step.after)
+        else:  # touch only as many slots as there are new tokens
             start = step.before % slots if self.is_ring else jnp.clip(step.before, 0, slots - count)
-            window = jax.vmap(partial(lax.dynamic_slice_in_dim, slice_size=count))(kept, start)
+            window = jax.vmap(partial(lax.dynamic_slice_in_dim, slice_size=count))(old, start)
             first = step.before if self.is_ring else start
             positions = first[:, None] + np.arange(count, dtype=np.int32)
         index = jnp.clip(positions - step.offset[:, None], 0, count - 1)
@@ -146,7 +156,7 @@ class LayerCache:
         window = step.or_nan(jnp.where(step.is_new(positions)[..., None, None], new, window))
         if start is None:
             return window
-        return jax.vmap(partial(lax.dynamic_update_slice_in_dim, axis=0))(kept, window, start)
+        return jax.vmap(partial(lax.dynamic_update_slice_in_dim, axis=0))(old, window, start)
 
     def attend(
         self,
@@ -155,35 +165,42 @@ class LayerCache:
         key: Float[Array, "batch q kv_heads dim"],
         value: Float[Array, "batch q kv_heads dim"],
         mask: Mask,
-        **how: Any,
+        *,
+        bias: Bias | None = None,
+        scale: float | None = None,
+        logits_soft_cap: float | None = None,
+        implementation: Implementation | None = None,
     ) -> tuple[Float[Array, "batch q heads dim"], "LayerCache"]:
-        """Store the new keys and values, and attend to all that are kept: :meth:`update`, and then ``attention``.
+        """Store the new keys and values, then attend to all that the layer holds.
 
         Args:
             step: from :meth:`Cache.step`.
             query, key, value: of the new tokens.
-            mask: which keys a query attends to, in positions; padding and empty slots are never among them, and in a
-                ring nothing before its window, be it still at hand.
-            how: ``bias``, ``scale``, ``logits_soft_cap``, ``implementation`` of :func:`jaxmask.attention`.
+            mask: the keys that a query attends to, by position. Padding, empty slots, and in a ring all keys before the
+                window are left out.
+            bias, scale, logits_soft_cap, implementation: as in :func:`jaxmask.attention`.
 
         Returns:
             The output, and the layer with the new keys and values.
+
+        Raises:
+            ValueError, TypeError: as in :meth:`update` and :func:`jaxmask.attention`.
         """
-        after, seen = self.update(step, key, value)
-        if self.is_ring:
-            mask = mask & Window(self.key.shape[1] - 1, None)
-        out = attention(query, seen.key, seen.value, mask, offset=seen.offset, key_positions=seen.key_positions, **how)
-        return step.or_nan(out), after
+        layer, keys = self.update(step, key, value)
+        mask = mask & Window(self.key.shape[1] - 1, None) if self.is_ring else mask
+        attend = partial(attention, query, mask=mask, **keys._asdict())
+        output = attend(bias=bias, scale=scale, logits_soft_cap=logits_soft_cap, implementation=implementation)
+        return step.or_nan(output), layer
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=("layers", "tokens"), meta_fields=())
 @dataclass(frozen=True, eq=False)
-class Cache:
-    """The keys and values of all layers of a model. :meth:`empty` makes it; each step gives another, of the same shape.
+class Cache(_Pytree):
+    """The keys and values of all layers of a model. Each step returns another cache, of the same shape.
 
     Args:
-        layers: one for each layer.
-        tokens: int32 ``[batch]``, how many tokens each row has, padding not included.
+        layers: one for each layer of the model.
+        tokens: int32 ``[batch]``, the number of tokens in each row, without padding.
 
     >>> import jaxmask
     >>> cache = Cache.empty(2, 8, layers=[None, 4], kv_heads=1, dim=4)  # one layer that keeps all, one with a window
@@ -207,95 +224,91 @@ class Cache:
 
     @staticmethod
     def empty(
-        batch: int,
-        length: int,
+        batch: SupportsIndex,
+        length: SupportsIndex,
         *,
-        layers: Sequence[int | None],
-        kv_heads: int,
-        dim: int,
+        layers: Sequence[SupportsIndex | None] | Int[np.ndarray, "layers"],
+        kv_heads: SupportsIndex,
+        dim: SupportsIndex,
         dtype: DTypeLike = jnp.float32,
     ) -> "Cache":
         """A cache without tokens.
 
         Args:
             batch: the number of rows.
-            length: how many tokens a row may have.
-            layers: for each layer its window, the number of keys that a query may look back on, itself included; or
-                ``None`` for all. A layer whose window is shorter than ``length`` is a ring, and never full.
-            kv_heads, dim: of key and value.
+            length: the number of tokens that a row has room for.
+            layers: the window of each layer: the number of keys that a query may look back on, itself included, or
+                ``None`` for all. A layer whose window is shorter than ``length`` is a ring, and is never full.
+            kv_heads, dim: the number and the size of the heads of key and value.
             dtype: of key and value.
 
         Raises:
-            TypeError, ValueError: a size is no Python int of at least 1.
-            MemoryError: the cache would be larger than the memory that is free, of the device, or of all devices in a
-                trace; nothing was allocated.
+            TypeError: a size is not a Python or NumPy integer.
+            ValueError: a size is less than 1, or there is no layer.
         """
         batch, length = checks.integer("batch", batch, 1), checks.integer("length", length, 1)
-        kv_heads, dim = checks.integer("kv_heads", kv_heads, 1), checks.integer("dim", dim, 1)
-        if not layers:
+        heads = checks.integer("kv_heads", kv_heads, 1), checks.integer("dim", dim, 1)
+        dtype, windows = checks.float_dtype(dtype), tuple(layers)
+        if not windows:
             raise ValueError("layers must give the window of each layer, or None for one that keeps all, got none")
-        slots = [length if each is None else min(checks.integer("layers", each, 1), length) for each in layers]
-        dtype = checks.float_dtype(dtype)
-        size = 2 * batch * sum(slots) * kv_heads * dim * dtype.itemsize
-        # In a trace, a cache may be made over all devices.
-        if size > (there := _memory() * (jax.device_count() if checks.is_traced(jnp.zeros(())) else 1)):
-            raise MemoryError(
-                f"the cache would take {size / 2**30:,.1f} GiB ({batch} rows, {sum(slots):,} slots in {len(slots)} "
-                f"layers, {kv_heads} heads of {dim}, keys and values in {dtype}), and {there / 2**30:,.1f} GiB are "
-                "free: make batch or length smaller"
-            )
-        shapes = [(batch, each, kv_heads, dim) for each in slots]
-        # Arrays of their own, so that they can be donated.
-        kept = [LayerCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), shape[1] < length) for shape in shapes]
-        return Cache(tuple(kept), jnp.zeros(batch, jnp.int32))
+        empty: list[LayerCache] = []
+        for i, window in enumerate(windows):
+            slots = length if window is None else min(checks.integer(f"layers[{i}]", window, 1), length)
+            # Two arrays, for one cannot be donated twice.
+            key, value = (jnp.zeros((batch, slots, *heads), dtype) for _ in range(2))
+            empty.append(LayerCache(key, value, is_ring=slots < length))
+        return Cache(tuple(empty), jnp.zeros(batch, jnp.int32))
 
-    def step(self, count: int, valid: Bool[Array | np.ndarray, "batch q"] | None = None) -> Step:
-        """Begin a step of ``count`` new tokens for each row.
+    def step(self, count: SupportsIndex, valid: Bool[Array | np.ndarray, "batch q"] | None = None) -> Step:
+        """Begin a step of ``count`` new tokens in each row.
 
         Args:
-            count: how many, padding included; static.
-            valid: which of them are tokens and no padding; ``None`` for all. Padding may be on either side, and differ
-                from row to row. Between two tokens of a row there is none.
+            count: the number of new tokens, padding included; static.
+            valid: True for tokens, False for padding; ``None`` if there is no padding. Padding may be on either side of
+                a row's tokens, but not between them, and may differ from row to row.
 
         Raises:
-            ValueError: there is no room, or padding between tokens, as far as is known when the program is traced.
-            TypeError: ``valid`` is not bool.
+            ValueError: a row has no room, or has padding between tokens. What is traced cannot be refused: that row
+                becomes NaN.
+            TypeError: ``valid`` is not bool, or ``count`` is not an integer.
         """
         count, batch = checks.integer("count", count, 1), len(self.tokens)
-        before, offset, new, fits = self.tokens, self.tokens, count, jnp.ones(batch, bool)
+        offset, new, fits = self.tokens, count, jnp.ones(batch, bool)
         if valid is not None:
             check_valid(valid, (batch, count))
-            new, padding, fits = consecutive(valid)
-            offset = before - padding
-        after = before + new
+            new, padding, is_consecutive = consecutive(valid)
+            offset, fits = offset - padding, jnp.asarray(is_consecutive)
+        after = self.tokens + new
         room = min((layer.key.shape[1] for layer in self.layers if not layer.is_ring), default=None)
         if room is not None:
             most = count if checks.is_traced(after) else max(count, int(after.max()))
             if most > room:
                 raise ValueError(
-                    f"the cache has room for {room} tokens in a row, got {count} new ones, which would make {most}: "
-                    "make it with a greater length"
+                    f"the cache has room for {room} tokens in a row, got {count} new ones, which would make {most}; "
+                    "give Cache.empty a greater length"
                 )
             fits = fits & (after <= room)
-        return Step(count, offset, before, after, fits)
+        return Step(count, offset, self.tokens, after, fits)
 
 
-def check_valid(valid: Any, shape: tuple[int, ...]) -> None:
-    """Refuse what does not say of each of ``[batch, q]`` tokens whether it is one."""
+def check_valid(valid: Bool[Array | np.ndarray, "batch q"], shape: tuple[int, ...]) -> None:
+    """Refuse anything but a bool ``[batch, q]`` array of this shape."""
     if checks.array("valid", valid, "b", 2).shape != shape:
         raise ValueError(
-            f"valid must say of each of {' x '.join(map(str, shape))} tokens whether it is one, got "
+            f"valid must be [batch, q] = {list(shape)}, True for tokens and False for padding, got "
             f"{checks.describe(valid)}"
         )
 
 
-def consecutive(valid: Any) -> tuple[Any, Any, Any]:
-    """Of each row the number of tokens, the padding before them, and whether there is none between them.
+def consecutive(
+    valid: Bool[Array | np.ndarray, "batch q"],
+) -> tuple[Int[Array | np.ndarray, "batch"], Int[Array | np.ndarray, "batch"], Bool[Array | np.ndarray, "batch"]]:
+    """The number of tokens in each row, the amount of padding before them, and whether no padding is between them.
 
     Raises:
-        ValueError: there is, as far as is known when the program is traced.
+        ValueError: padding is known to be between tokens.
     """
-    # In NumPy where it is known, so that it can be refused in the middle of a trace.
+    # NumPy computes at trace time, so that a known array is refused inside a jit, too.
     valid = valid if checks.is_traced(valid) else np.asarray(valid)
     count, padding = valid.sum(1, dtype=np.int32), valid.argmax(1).astype(np.int32)
     index = np.arange(valid.shape[1]) - padding[:, None]
@@ -305,14 +318,3 @@ def consecutive(valid: Any) -> tuple[Any, Any, Any]:
             f"valid must have padding before or after the tokens of a row, not between them, got {valid!r}"
         )
     return count, padding, fits
-
-
-def _memory() -> int:
-    """The bytes of memory of a device that are free; without end, where nobody says."""
-    statistics = jax.local_devices()[0].memory_stats()
-    if statistics and "bytes_limit" in statistics:
-        return statistics["bytes_limit"] - statistics.get("bytes_in_use", 0)
-    if (linux := Path("/proc/meminfo")).exists():
-        available = dict(line.split(":") for line in linux.read_text(encoding="ascii").splitlines())["MemAvailable"]
-        return int(available.split()[0]) * 1024
-    return sys.maxsize

@@ -1,7 +1,7 @@
-"""Transformers' ``AttentionMaskConverter`` and the functions beside it, as readings of a description.
+"""Transformers' ``AttentionMaskConverter`` and the functions beside it, which read a mask.
 
-The meaning is that of ``transformers.modeling_attn_mask_utils`` (Transformers 5), bit for bit; the names lose their
-underscore, and ``dtype`` is a keyword; :mod:`jaxmask.hf.modeling_attn_mask_utils` has the original signatures.
+Results are those of ``transformers.modeling_attn_mask_utils`` up to Transformers 5.23, bit for bit. Names have no
+underscore here, and ``dtype`` is a keyword. :mod:`jaxmask.hf.modeling_attn_mask_utils` has the original signatures.
 
 Masks are 0/1 arrays of bools, integers or floats, JAX or NumPy; lengths and dtypes are static. A past length that is an
 array is traced: it shifts positions only, as with a key cache of fixed size, and the key length must then be given.
@@ -106,19 +106,20 @@ class AttentionMaskConverter:
         Args:
             attention_mask_2d: 0/1 ``[batch, kv]``; what is not a one in ``dtype`` is masked.
             query_length: static; may be shorter than the keys.
-            key_value_length: static; needed where the converter is causal, unless there is one query and no window.
+            key_value_length: static. It is needed where the converter is causal, unless there is one query and no
+                window, and ignored otherwise.
             dtype: floating, static.
             past_key_values_length: position of the first query; ``key_value_length - query_length`` unless given.
 
         Returns:
-            ``dtype`` ``[batch, 1, q, kv]``. Rows with nothing to attend to are the minimum throughout: see
+            ``dtype`` ``[batch, 1, q, kv]``. Rows with nothing to attend to hold the minimum everywhere: see
             :func:`unmask_unattended`.
 
         Raises:
-            ValueError: the key length is missing, or is not that of the mask; a length is not positive; more queries
-                than keys, if causal; a mask of another rank.
-            NotImplementedError: a window without causal.
-            TypeError: no JAX or NumPy array.
+            ValueError: the key length is needed and missing, or is not that of the mask; a length is not positive;
+                there are more queries than keys, if causal; the mask has another rank.
+            NotImplementedError: the converter has a window and is not causal.
+            TypeError: the mask is not a JAX or NumPy array.
 
         >>> AttentionMaskConverter(is_causal=False).to_4d(jnp.array([[0, 1]]), 1, dtype=jnp.float16)
         Array([[[[-6.55e+04,  0.00e+00]]]], dtype=float16)
@@ -135,7 +136,7 @@ class AttentionMaskConverter:
                 f"key_value_length is missing: a causal converter aligns {query_length} queries with the keys "
                 f"(the mask has {mask_length})"
             )
-        if key_value_length is not None and key_value_length != mask_length:
+        if causal and key_value_length != mask_length:
             raise ValueError(
                 f"key_value_length is {checks.describe(key_value_length)}, but attention_mask_2d is "
                 f"{checks.describe(attention_mask_2d)}: it must cover every key, the past ones included"
@@ -147,7 +148,7 @@ class AttentionMaskConverter:
         return _bias_4d(_causal(self.sliding_window) & padding, batch_size, query_length, mask_length, dtype, offset)
 
     def _restricts(self, query_length: int) -> bool:
-        """Whether causality says anything: a single query, which is the last position, sees all but past a window."""
+        """Whether causality masks anything. A single query is at the last position and sees every key in its window."""
         return query_length > 1 or self.sliding_window is not None
 
 
@@ -188,7 +189,7 @@ def make_causal_mask(
 
 
 def expand_mask(mask: Mask2D, tgt_len: int | None = None, *, dtype: DTypeLike = jnp.float32) -> Bias4D:
-    """A 2D mask as a bias for ``tgt_len`` queries: a one becomes 0, everything else the minimum.
+    """A 2D mask as a bias for ``tgt_len`` queries: ones become 0, all other elements the minimum.
 
     Args:
         mask: 0/1 ``[batch, kv]``.
@@ -218,10 +219,10 @@ def ignore_causal_mask_sdpa(
     sliding_window: int | None = None,
     is_training: bool = False,
 ) -> bool:
-    """Whether a fused kernel's own causal flag says all that the mask says, so that no mask need be made.
+    """Whether a fused kernel's causal flag means the same as the mask, so that no mask need be made.
 
-    The answer is a Python bool. Where an argument is traced it is the one that the original gives while tracing: the
-    contents of the mask are not looked at, and a mask is made. Likewise where the past length is an array.
+    The answer is a Python bool. Where an argument is traced, it is the original's answer while tracing: the contents of
+    the mask are not looked at, and a mask is made. The same holds where the past length is an array.
 
     Args:
         attention_mask: 0/1 ``[batch, kv]`` or ``[batch, 1, q, kv]``, or ``None``.
@@ -354,7 +355,7 @@ def prepare_4d_causal_attention_mask_for_sdpa(
     *,
     key_value_length: int | None = None,
 ) -> Shaped[Array, "batch heads q kv"] | None:
-    """As :func:`prepare_4d_causal_attention_mask`, but ``None`` where a kernel's causal flag says it all.
+    """As :func:`prepare_4d_causal_attention_mask`, but ``None`` where a kernel's causal flag suffices.
 
     A 4D mask is handed back as it came. Rows with nothing to attend to stay the minimum, as in Transformers on a CPU;
     on a CUDA device Transformers goes on to :func:`unmask_unattended`, for the sake of PyTorch's kernels.
@@ -405,7 +406,7 @@ def prepare_4d_attention_mask_for_sdpa(
 
 
 def _causal(sliding_window: int | None) -> Mask:
-    # The original masks keys at a distance greater than the window, and so lets one more through than SlidingWindow.
+    # The original masks keys farther away than the window, and so lets one more key through than SlidingWindow.
     return Causal() if sliding_window is None else SlidingWindow(sliding_window + 1)
 
 

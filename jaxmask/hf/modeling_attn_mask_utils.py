@@ -4,9 +4,12 @@ Ported code changes one import::
 
     from jaxmask.hf.modeling_attn_mask_utils import AttentionMaskConverter, _prepare_4d_causal_attention_mask
 
-``device`` is accepted and ignored: under JAX an array lives where the program that makes it runs. What each function
-means, takes, returns and raises is said at its twin in :mod:`jaxmask.hf.converter`.
+Transformers has had no such module since 5.24. ``device`` is accepted and ignored: a JAX array lives where the program
+that makes it runs. Each function is documented at the function in :mod:`jaxmask.hf.converter` that it calls.
 """
+
+# The names of Transformers begin with underscores.
+# pyright: reportUnusedFunction=false
 
 from collections.abc import Sequence
 from dataclasses import dataclass

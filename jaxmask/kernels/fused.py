@@ -1,9 +1,10 @@
-"""Fused kernels that others keep: cuDNN by way of ``jax.nn``, tokamax, and splash attention.
+"""Fused kernels that others maintain: cuDNN by way of ``jax.nn``, tokamax, and splash attention.
 
 Each is two functions: what a kernel lacks to do a call, in words, and the call itself.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
 from typing import Any, Literal
@@ -11,33 +12,34 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array
 
 from jaxmask.kernels.call import Call
 from jaxmask.mask import Full
 
 
 def cudnn_lacks(call: Call) -> list[str]:
-    """What keeps cuDNN from doing this call. Its limits are those that ``jax.nn.dot_product_attention`` states."""
-    dim, dim_v = call.query.shape[3], call.value.shape[3]
-    half = call.query.dtype in (jnp.float16, jnp.bfloat16)
-    window = call.split().local_window_size
+    """What keeps cuDNN from doing this call. JAX says which shapes it takes, on the GPU at hand."""
     limits = {
         "it needs an NVIDIA GPU": call.platform != "gpu" or "rocm" in jax.devices()[0].client.platform_version,
-        f"it takes float16 and bfloat16, not {call.query.dtype}": not half,
-        f"the dim must be a multiple of 8 up to 128, not {dim}": dim % 8 or dim > 128,
-        f"the dim of the values must be that of the keys, not {dim_v} and {dim}": dim != dim_v,
+        f"it takes float16 and bfloat16, not {call.query.dtype}": call.query.dtype not in (jnp.float16, jnp.bfloat16),
         "it has no logits_soft_cap": call.logits_soft_cap is not None,
-        "a window must end at the query": window is not None and window[1] != 0,
-        "with a bias, the lengths must be even": (
-            call.bias is not None and (call.query.shape[1] % 2 or call.key.shape[1] % 2)
-        ),
     }
-    return _that_hold(limits) + _not_native(call)
+    lacks = _that_hold(limits) + _not_native(call)
+    return lacks or _refusal(_cudnn_with_gradients, call, ValueError, NotImplementedError, RuntimeError)
 
 
-def cudnn(call: Call) -> Any:
+def cudnn(call: Call) -> Array:
     """By ``jax.nn.dot_product_attention``, which calls cuDNN."""
     return by_jax_nn(call, "cudnn")
+
+
+def _cudnn_with_gradients(call: Call) -> Any:
+    # JAX refuses some calls only where they are differentiated, and a call does not know whether it will be.
+    def attend(query: Array, key: Array, value: Array) -> Array:
+        return cudnn(replace(call, query=query, key=key, value=value))
+
+    return jax.vjp(attend, call.query, call.key, call.value)[0]
 
 
 def tokamax_lacks(call: Call) -> list[str]:
@@ -54,22 +56,22 @@ def tokamax_lacks(call: Call) -> list[str]:
 
 
 @jax.jit
-def tokamax(call: Call) -> Any:
+def tokamax(call: Call) -> Array:
     """By ``tokamax.dot_product_attention``, which chooses among its own kernels."""
     from absl import flags
-    from tokamax import dot_product_attention
+    from tokamax import dot_product_attention  # pyright: ignore[reportMissingTypeStubs]
 
-    # Else tokamax parses the arguments of the program for its own flags, and fails on those it does not know.
+    # Otherwise tokamax parses the arguments of the program for its own flags, and fails on those it does not know.
     if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()
     # On an accelerator, its kernels alone: it would fall back to one that writes all scores out.
     kernels = None if call.platform == "cpu" else ("mosaic", "triton") if call.platform == "gpu" else ("mosaic",)
-    how = partial(dot_product_attention, logits_soft_cap=call.logits_soft_cap, implementation=kernels)
-    return _native(call, how)
+    attend = partial(dot_product_attention, logits_soft_cap=call.logits_soft_cap, implementation=kernels)
+    return _native(call, attend)
 
 
 @partial(jax.jit, static_argnames="implementation")
-def by_jax_nn(call: Call, implementation: Literal["cudnn", "xla"]) -> Any:
+def by_jax_nn(call: Call, implementation: Literal["cudnn", "xla"]) -> Array:
     """By ``jax.nn.dot_product_attention``, with the mask in its own arguments."""
     return _native(call, partial(jax.nn.dot_product_attention, implementation=implementation))
 
@@ -87,11 +89,11 @@ def splash_lacks(call: Call) -> list[str]:
     return _that_hold(limits) or _refusal(splash, call, TypeError, ValueError, NotImplementedError)
 
 
-def splash(call: Call) -> Any:
+def splash(call: Call) -> Array:
     """Splash attention; where it is compiled for another platform than TPU, interpreted: slow, and for tests only."""
     from jaxmask.kernels.splash import to_splash
 
-    def run(interpret: bool) -> Any:
+    def run(interpret: bool) -> Array:
         kernel = to_splash(
             call.mask,
             call.query.shape[1],
@@ -103,7 +105,7 @@ def splash(call: Call) -> Any:
         query, key, value = (x.swapaxes(1, 2) for x in (call.query, call.key, call.value))
         return kernel((query * call.scale).astype(query.dtype), key, value).swapaxes(1, 2)
 
-    # Not by the platform of this process: it may export to another.
+    # Chosen by XLA, not by the platform of this process, which may export to another.
     return jax.lax.platform_dependent(tpu=partial(run, False), default=partial(run, True))
 
 
@@ -112,7 +114,7 @@ def _that_hold(limits: dict[str, Any]) -> list[str]:
 
 
 def _refusal(run: Callable[[Call], Any], call: Call, *errors: type[Exception]) -> list[str]:
-    """The first line of the error by which a kernel refuses a call, if it does."""
+    """The first line of the error by which a kernel refuses a call, if it does. Nothing is computed."""
     try:
         jax.eval_shape(run, call)
     except errors as error:
@@ -125,22 +127,23 @@ def _not_native(call: Call) -> list[str]:
     limits = {
         f"its arguments do not say {residual!r}": not isinstance(residual, Full),
         "it takes no bias that is a function": callable(call.bias),
+        "it takes no query_positions": call.positions.queries is not None and not isinstance(residual, Full),
         "it takes no key_positions": call.positions.keys is not None,
     }
     return _that_hold(limits)
 
 
-def _native(call: Call, attend: Any) -> Any:
+def _native(call: Call, attend: Callable[..., Array]) -> Array:
     split = call.split()
     if not isinstance(split.residual, Full):
-        raise AssertionError(f"left over: {split.residual!r}")
+        raise AssertionError(f"the arguments of the kernel do not say {split.residual!r}")
     bias: Any = call.bias
     lengths = split.key_value_seq_lengths
     if bias is not None:
         pairs = call.query.shape[1], call.key.shape[1]
         bias = jnp.broadcast_to(jnp.asarray(bias, call.query.dtype), (*np.shape(bias)[:2], *pairs))
     if lengths is not None:
-        # At least one key, for without any these give the mean of the values, or NaN.
+        # At least one key, because without any the kernels give the mean of the values, or NaN.
         lengths = jnp.broadcast_to(jnp.maximum(lengths, 1), call.query.shape[:1])
     out = attend(
         call.query,

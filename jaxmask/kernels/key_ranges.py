@@ -25,12 +25,12 @@ class KeyRanges(NamedTuple):
         starts: the first key of each range, ``[batch|1, kv_heads|1, q_tiles, ranges]``.
         partial_count: how many ranges have a tile that is not FULL, ``[batch|1, kv_heads|1, q_tiles]``. There the mask
             must decide pair by pair.
-        count: how many ranges there are, ``[batch|1, kv_heads|1, q_tiles]``.
+        range_count: how many ranges there are, ``[batch|1, kv_heads|1, q_tiles]``.
     """
 
     starts: Ints
     partial_count: Ints
-    count: Ints
+    range_count: Ints
 
 
 def cover(states: States, tile: int, width: int, key_length: int) -> KeyRanges:

@@ -326,7 +326,7 @@ def test_each_query_alone_is_its_row(case: Drawn) -> None:
     problem, [drawn] = case
     whole = problem.dense(drawn.mask)
     for i in range(problem.query_length):
-        where = problem.where | {"offset": jnp.asarray(problem.first) + i}
+        where: dict[str, Any] = problem.where | {"offset": jnp.asarray(problem.first) + i}
         row = drawn.mask.dense(1, problem.key_length, **where)
         same_bits(np.broadcast_to(row, whole[:, :, :1].shape), whole[:, :, i : i + 1])
 

@@ -1,13 +1,18 @@
 """A new kind of mask is one small subclass: everything else comes with it."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import Mesh, PartitionSpec
+from rich.console import Console
 
-from jaxmask import EMPTY, PARTIAL, Causal, Mask, Padding, PerHead
+from jaxmask import EMPTY, PARTIAL, Causal, Full, Mask, Padding, PerHead, attention, show
 from jaxmask.indices import Allowed, Index
 from jaxmask.mask import Scalar
+from jaxmask.native import Native
 from jaxmask.tiles import Bounds, Span
 
 
@@ -110,3 +115,63 @@ def test_a_leaf_without_a_meaning_says_so() -> None:
 
     with pytest.raises(NotImplementedError, match=r"Meaningless must say what it allows"):
         Meaningless().dense(2, 2)
+
+
+class Near(Mask):
+    """The keys that are at most ``radius`` positions away, in all that a mask can say."""
+
+    radius: Scalar
+
+    def allows(self, b: Index, h: Index, q: Index, kv: Index) -> Allowed:
+        return abs(q - kv) <= self.radius
+
+    def tile_bounds(self, b: Index, h: Index, q: Span, kv: Span) -> Bounds:
+        nearest = jnp.maximum(q.min - kv.max, kv.min - q.max)
+        farthest = jnp.maximum(q.max - kv.min, kv.max - q.min)
+        return nearest <= self.radius, farthest <= self.radius
+
+    def native(self) -> Native:
+        return Native(left=self.radius, right=self.radius)
+
+
+NEAR = abs(QUERIES - KEYS) <= 2
+
+
+def test_a_new_leaf_says_all_it_knows_to_kernels() -> None:
+    split = Near(2).split(LENGTH, LENGTH)
+    assert (split.local_window_size, split.residual) == ((2, 2), Full())
+
+
+def test_a_new_leaf_is_drawn() -> None:
+    console = Console(record=True, width=80, color_system=None)
+    show(Near(2), LENGTH, console=console)
+    rows = [line.split()[1:] for line in console.export_text().splitlines()[1 : LENGTH + 1]]
+    assert [[cell == "■" for cell in row] for row in rows] == NEAR.tolist()
+
+
+@pytest.mark.parametrize("implementation", ["xla", "blocked"])
+def test_a_new_leaf_attends_in_transformations(implementation: str) -> None:
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((8, 40, 2, 8)), jnp.float32)
+    attend = partial(attention, implementation=implementation)  # pyright: ignore[reportArgumentType]
+
+    def loss(x: jax.Array, mask: Mask) -> jax.Array:
+        return attend(x, x, x, mask).sum()
+
+    scores = jnp.einsum("bqhd,bkhd->bhqk", x, x) / 8**0.5
+    q, kv = np.indices((40, 40))
+    weights = jax.nn.softmax(jnp.where(abs(q - kv) <= 3, scores, -jnp.inf), axis=-1)
+    expected = jnp.einsum("bhqk,bkhd->bqhd", weights, x)
+    mask = Near(jnp.asarray(3))
+    np.testing.assert_allclose(jax.jit(attend)(x, x, x, mask), expected, atol=1e-5)
+    mapped = jax.vmap(lambda x, mask: attend(x, x, x, mask), (0, None))(x[:, None], mask)
+    np.testing.assert_allclose(mapped[:, 0], expected, atol=1e-5)
+    shards = jax.shard_map(
+        lambda x: attend(x, x, x, Near(3)),
+        mesh=Mesh(np.array(jax.devices()), ("batch",)),
+        in_specs=PartitionSpec("batch"),
+        out_specs=PartitionSpec("batch"),
+    )
+    np.testing.assert_allclose(jax.jit(shards)(x), expected, atol=1e-5)
+    by_static, by_traced = (jax.grad(loss)(x, mask) for mask in (Near(3), mask))
+    np.testing.assert_allclose(by_static, by_traced, atol=1e-4)
+    assert bool((by_static != 0).any())

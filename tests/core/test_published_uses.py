@@ -1,4 +1,6 @@
-"""The uses with which the original converter was first published, each against Transformers, bit for bit."""
+"""The uses with which the original converter was first published, each against its meaning in PyTorch, bit for bit."""
+
+# pyright: reportPrivateUsage=false
 
 import warnings
 from collections.abc import Iterator
@@ -9,12 +11,12 @@ import numpy as np
 import pytest
 import torch
 from transformers import AutoTokenizer
-from transformers.modeling_attn_mask_utils import AttentionMaskConverter as TorchConverter
 
 from jaxmask import AttentionMaskConverter, Causal, Padding, Prefix, prepare_4d_causal_attention_mask, unmask_unattended
 from torch_compat import to_jax, to_torch
-from torch_compat.cases import minilm_folder
+from torch_compat.reference import AttentionMaskConverter as TorchConverter
 from torch_compat.verify import compare
+from torch_compat.weights import minilm_folder
 
 LOW = float(np.finfo(np.float32).min)
 

@@ -8,8 +8,8 @@ import numpy.typing as npt
 import pytest
 from hypothesis import given, settings
 
-from jaxmask import Causal, Full, Mask, Padding, Prefix, Segments, SlidingWindow, Window
-from jaxmask.native import Split
+from jaxmask import Causal, Chunked, Full, Mask, Padding, Prefix, Segments, SlidingWindow, Window
+from jaxmask.native import Native, Split
 from tests.helpers.strategies import Described, Problem, cases, problems
 
 Drawn = tuple[Problem, list[Described]]
@@ -17,7 +17,7 @@ Bools = npt.NDArray[np.bool_]
 at_indices = problems(slots=False)
 
 
-def read(split: Split, query_length: int, key_length: int) -> Bools:
+def read(split: Split[Mask], query_length: int, key_length: int) -> Bools:
     """The arguments as ``jax.nn.dot_product_attention`` documents them, with neither a position nor an offset."""
     q, kv = np.arange(query_length)[:, None], np.arange(key_length)
     allowed = np.ones((1, 1, query_length, key_length), np.bool_)
@@ -51,7 +51,7 @@ def test_a_row_has_keys_where_the_arguments_leave_any(case: Drawn) -> None:
     np.testing.assert_array_equal(split.has_keys(), rows)
 
 
-def numbers(split: Split) -> tuple[Any, ...]:
+def numbers(split: Split[Mask]) -> tuple[Any, ...]:
     lengths = split.key_value_seq_lengths
     return split.is_causal, split.local_window_size, None if lengths is None else np.asarray(lengths).tolist()
 
@@ -113,3 +113,64 @@ def test_a_window_as_wide_as_positions_go_does_not_overflow() -> None:
     split = Window(0, 2**31 - 1).split(4, 6, offset=0)
     assert split.has_keys().all()
     assert split.local_window_size == (0, 6)
+
+
+INTERVALS = [
+    Full(),
+    Causal(),
+    SlidingWindow(3),
+    SlidingWindow(jnp.asarray(3)),
+    Window(2, 1),
+    Window(2**31 - 1, 2**31 - 1),
+    Chunked(3),
+    Chunked(3, np.array([1, 5])),
+    Chunked(2**31 - 1, -(2**31) + 1),
+    Prefix(jnp.array([5, 2])),
+    Segments(np.array([[0, 0, 3, 3, 3, 1, 1, 2]]), consecutive=True),
+    Segments(jnp.array([[4, 4, 7, 7, 7, 7, 7, 1], [0, 0, 0, 0, 5, 5, 5, 5]]), consecutive=True),
+    Segments(jnp.array([[3, 1, 9, 0, 0, 2, 2, 2]]), jnp.array([[0, 0, 3, 3, 3, 1, 1, 2]]), consecutive=True),
+]
+
+
+@pytest.mark.parametrize("second", [None, *INTERVALS], ids=repr)
+@pytest.mark.parametrize("first", INTERVALS, ids=repr)
+def test_masks_that_are_intervals_say_the_keys_of_each_query(first: Mask, second: Mask | None) -> None:
+    mask = first if second is None else first & second
+    split = mask.split(8, 8, intervals=True)
+    assert split.residual == Full()
+    start, end = (np.asarray(x)[..., None] for x in split.key_interval)
+    allowed = np.asarray(mask.dense(8, 8))[:, 0]
+    said = np.broadcast_to((start <= np.arange(8)) & (np.arange(8) < end), allowed.shape)
+    np.testing.assert_array_equal(said, allowed)
+
+
+@pytest.mark.parametrize("mask", INTERVALS[1:-1], ids=repr)
+def test_an_interval_holds_at_any_positions_of_queries(mask: Mask) -> None:
+    positions = jnp.array([7, 0, 3])
+    start, end = mask.split(3, 8, query_positions=positions, intervals=True).key_interval
+    allowed = np.asarray(mask.dense(3, 8, query_positions=positions))[:, 0]
+    said = (np.asarray(start)[..., None] <= np.arange(8)) & (np.arange(8) < np.asarray(end)[..., None])
+    np.testing.assert_array_equal(np.broadcast_to(said, allowed.shape), allowed)
+
+
+def test_ids_that_return_are_not_consecutive_and_are_refused() -> None:
+    with pytest.raises(ValueError, match="consecutive is True, but row 1 of the ids returns to an id"):
+        Segments(np.array([[0, 1, 1], [0, 1, 0]]), consecutive=True)
+
+
+class Near(Mask):
+    """A mask of a user, which tells kernels what it is in one method."""
+
+    radius: int
+
+    def allows(self, b: Any, h: Any, q: Any, kv: Any) -> Any:
+        return abs(q - kv) <= self.radius
+
+    def native(self) -> Native:
+        return Native(left=self.radius, right=self.radius)
+
+
+def test_a_mask_of_a_user_tells_kernels_what_it_is() -> None:
+    split = (Near(2) & Prefix(5)).split(8, 8)
+    assert split.residual == Full()
+    assert numbers(split) == (False, (2, 2), [5])

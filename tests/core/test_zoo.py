@@ -1,5 +1,7 @@
 """The zoo agrees with the code that each mask comes from: attn-gym, Transformers, or a definition in slow Python."""
 
+# pyright: reportPrivateUsage=false, reportMissingTypeStubs=false
+
 import math
 import re
 from collections.abc import Callable, Iterator

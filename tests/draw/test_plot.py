@@ -334,7 +334,7 @@ class Named(Mask):
     name: Any
 
     def __repr__(self) -> str:
-        return f"Named({self.name})"
+        return f"Named({self.name()})"
 
     def allows(self, b: Any, h: Any, q: Any, kv: Any) -> Any:
         return kv <= q
@@ -342,9 +342,9 @@ class Named(Mask):
 
 @given(st.text(st.characters(exclude_categories=["C"])))
 def test_text_is_escaped(name: str) -> None:
-    mask = Named(name)
-    assert text_of(html(mask)) == repr(mask)
-    assert text_of(html(Causal() & mask)) == f"Causal() & {mask!r}"
+    mask = Named(lambda: name)
+    assert text_of(html(mask)).startswith(repr(mask))
+    assert text_of(html(Causal() & mask)).startswith(f"Causal() & {mask!r}")
     assert text_of(html_tiles(TileMap(np.zeros((1, 1), np.int8), mask, 0, 1, 1, (1, 1)))).startswith(repr(mask))
 
 

@@ -549,4 +549,4 @@ def test_command_verify_without_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "meta_path", [Missing(), *sys.meta_path])
     status, _, err = run("verify")
     assert status == 2
-    assert 'pip install "jaxmask[torch,cli]"' in err
+    assert 'pip install "jaxmask[verify]"' in err

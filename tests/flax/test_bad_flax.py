@@ -1,7 +1,7 @@
 """Bad input of caches, decoders and generation is refused at once, and says what to do."""
 
 import dataclasses
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -22,9 +22,9 @@ MODEL = Decoder(
 TOKENS, VALID = left_pad([[1, 2, 3], [4]])
 
 
-def empty(batch: Any = 2, length: Any = 8, layers: Any = (None, 4), **how: Any) -> Cache:
-    how = {"kv_heads": 1, "dim": 4} | how
-    return Cache.empty(batch, length, layers=layers, **how)
+def empty(batch: Any = 2, length: Any = 8, layers: Any = (None, 4), **options: Any) -> Cache:
+    options = {"kv_heads": 1, "dim": 4} | options
+    return Cache.empty(batch, length, layers=layers, **options)
 
 
 def update(cache: Cache, count: int, key: Any = None, value: Any = None) -> Any:
@@ -32,9 +32,9 @@ def update(cache: Cache, count: int, key: Any = None, value: Any = None) -> Any:
     return cache.layers[0].update(cache.step(count), new if key is None else key, new if value is None else value)
 
 
-def run(tokens: Any = TOKENS, valid: Any = VALID, **how: Any) -> Any:
-    how = {"max_new_tokens": 2} | how
-    return generate(MODEL, tokens, valid, **how)
+def run(tokens: Any = TOKENS, valid: Any = VALID, **options: Any) -> Any:
+    options = {"max_new_tokens": 2} | options
+    return generate(MODEL, tokens, valid, **options)
 
 
 def config(**changed: Any) -> DecoderConfig:
@@ -45,21 +45,20 @@ CACHE = [
     bad("batch", lambda: empty(0), VALUE, "batch must be at least 1", "got 0"),
     bad("length", lambda: empty(length=2.0), TYPE, "length must be a Python int", "got 2.0"),
     bad("no-layers", lambda: empty(layers=()), VALUE, "layers must give the window of each layer"),
-    bad("window", lambda: empty(layers=(None, 0)), VALUE, "layers must be at least 1", "got 0"),
+    bad("window", lambda: empty(layers=(None, 0)), VALUE, r"layers\[1\] must be at least 1", "got 0"),
+    bad("bool", lambda: empty(batch=True), TYPE, "batch must be a Python int", "got True"),
+    bad("negative", lambda: empty(length=np.int64(-1)), VALUE, "length must be at least 1", "got -1"),
+    bad("window-of-floats", lambda: empty(layers=np.array([4.0])), TYPE, r"layers\[0\] must be a Python int"),
+    bad("window-of-bools", lambda: empty(layers=(True,)), TYPE, r"layers\[0\] must be a Python int", "got True"),
     bad("dtype", lambda: empty(dtype=jnp.int32), TYPE, "dtype must be floating", "int32"),
-    bad(
-        "memory",
-        lambda: empty(1024, 2**20, (None,) * 64, kv_heads=64, dim=128),
-        MemoryError,
-        r"would take 4,194,304\.0 GiB \(1024 rows, 67,108,864 slots in 64 layers, 64 heads of 128",
-        r"and [\d.,]+ GiB are free",
-        "make batch or length smaller",
-    ),
     bad("count", lambda: empty().step(0), VALUE, "count must be at least 1"),
+    bad("negative-count", lambda: empty().step(np.int64(-2)), VALUE, "count must be at least 1", "got -2"),
+    bad("bool-count", lambda: empty().step(True), TYPE, "count must be a Python int", "got True"),
+    bad("float-count", lambda: cast(Any, empty().step)(1.0), TYPE, "count must be a Python int", "got 1.0"),
     bad("longer-than-the-cache", lambda: empty().step(9), VALUE, "room for 8 tokens", "got 9", "greater length"),
     bad("valid-dtype", lambda: empty().step(3, TOKENS), TYPE, "valid must be bool", r"int32\[2, 3\]"),
     bad(
-        "valid-shape", lambda: empty().step(2, VALID), VALUE, "valid must say of each of 2 x 2 tokens", r"bool\[2, 3\]"
+        "valid-shape", lambda: empty().step(2, VALID), VALUE, r"valid must be \[batch, q\] = \[2, 2\]", r"bool\[2, 3\]"
     ),
     bad("key-count", lambda: update(empty(), 2, key=jnp.zeros((2, 1, 1, 4))), VALUE, "key", r"\[2, 2, 1, 4\]"),
     bad("key-heads", lambda: update(empty(), 1, key=jnp.zeros((2, 1, 2, 4))), VALUE, "key", r"\[2, 1, 1, 4\]"),
@@ -75,17 +74,27 @@ CACHE = [
 
 DECODER = [
     bad("floats", lambda: MODEL(jnp.zeros((1, 3))), TYPE, "tokens must be integer", r"float32\[1, 3\]"),
-    bad("positions", lambda: MODEL(TOKENS, positions=TOKENS[:1]), VALUE, r"positions must be as tokens, \[2, 3\]"),
+    bad(
+        "positions",
+        lambda: MODEL(TOKENS, positions=TOKENS[:1]),
+        VALUE,
+        r"positions must have the shape of tokens, \[2, 3\]",
+    ),
     bad("positions-of-floats", lambda: MODEL(TOKENS, positions=jnp.ones((2, 3))), TYPE, "positions must be integer"),
     bad("rank-1", lambda: MODEL(jnp.zeros(3, int)), VALUE, "tokens must have rank 2", r"tokens\[None\]"),
-    bad("valid", lambda: MODEL(TOKENS, VALID[:, :2]), VALUE, "valid must say of each of 2 x 3", r"bool\[2, 2\]"),
+    bad("valid", lambda: MODEL(TOKENS, VALID[:, :2]), VALUE, r"valid must be \[batch, q\] = \[2, 3\]", r"bool\[2, 2\]"),
     bad(
         "mask-and-cache",
         lambda: MODEL(TOKENS, cache=MODEL.empty_cache(2, 8), mask=Causal()),
         VALUE,
-        "mask and positions are for a text without a cache",
+        "mask and positions need a call without a cache",
     ),
-    bad("rows", lambda: MODEL(TOKENS, cache=MODEL.empty_cache(3, 8)), VALUE, "each of the cache's 3, got 2"),
+    bad(
+        "rows",
+        lambda: MODEL(TOKENS, cache=MODEL.empty_cache(3, 8)),
+        VALUE,
+        r"as many rows as the cache, 3, got int32\[2, 3\]",
+    ),
     bad("too-long", lambda: MODEL(TOKENS, cache=MODEL.empty_cache(2, 2)), VALUE, "room for 2 tokens", "got 3"),
 ]
 
@@ -94,6 +103,8 @@ CONFIG = [
     bad("float-size", lambda: config(dim=8.0), TYPE, "dim must be a Python int", "8.0"),
     bad("heads", lambda: config(kv_heads=3), VALUE, "kv_heads must divide heads, got 3 and 2"),
     bad("odd", lambda: config(head_dim=3), VALUE, "head_dim must be even", "got 3"),
+    bad("window", lambda: DecoderLayer(window=0), VALUE, "window must be at least 1", "got 0"),
+    bad("chunk", lambda: DecoderLayer(chunk=True), TYPE, "chunk must be a Python int", "got True"),
     bad("no-layers", lambda: config(layers=()), VALUE, "layers must hold a DecoderLayer for each layer"),
     bad("activation", lambda: config(activation="relu"), VALUE, "must be one of silu, gelu_tanh, got 'relu'"),
     bad("qk-norm", lambda: config(qk_norm="rms"), VALUE, "qk_norm must be 'weighted', 'plain' or None, got 'rms'"),
@@ -102,9 +113,9 @@ CONFIG = [
 GENERATE = [
     bad("no-tokens", lambda: run(np.zeros((2, 0), int), None), VALUE, "at least one token", r"int64\[2, 0\]"),
     bad("no-prompts", lambda: run(np.zeros((0, 3), int), None), VALUE, "at least one token"),
-    bad("empty-row", lambda: run(valid=VALID & [[True], [False]]), VALUE, "row 1 has none"),
+    bad("empty-row", lambda: run(valid=VALID & [[True], [False]]), VALUE, "none in row 1"),
     bad("floats", lambda: run(TOKENS.astype(np.float32)), TYPE, "tokens must be integer"),
-    bad("valid-shape", lambda: run(valid=VALID[:1]), VALUE, "valid must say of each of 2 x 3", r"bool\[1, 3\]"),
+    bad("valid-shape", lambda: run(valid=VALID[:1]), VALUE, r"valid must be \[batch, q\] = \[2, 3\]", r"bool\[1, 3\]"),
     bad("valid-dtype", lambda: run(valid=VALID.astype(np.int32)), TYPE, "valid must be bool"),
     bad("holes", lambda: run(valid=np.array([[True, False, True]] * 2)), VALUE, "before or after", "not between"),
     bad("no-token", lambda: run(TOKENS + 14), VALUE, "tokens must be from 0 to 15", "got 15 to 18"),
@@ -116,6 +127,7 @@ GENERATE = [
     bad("top-k", lambda: run(top_k=0), VALUE, "top_k must be at least 1"),
     bad("top-p", lambda: run(top_p=0.0), VALUE, "top_p must be above 0 and at most 1", "got 0.0"),
     bad("one-end", lambda: run(end=5), TYPE, "end must be a sequence of tokens, got 5", r"say end=\[5\]"),
+    bad("one-numpy-end", lambda: run(end=np.int64(5)), TYPE, "end must be a sequence of tokens, got 5"),
     bad("empty-prompt", lambda: left_pad([[1], []]), VALUE, "prompt 1 is empty"),
     bad("no-prompt", lambda: left_pad([]), VALUE, "there is none"),
     bad("prompt-of-floats", lambda: left_pad([[1], np.array([2.0])]), TYPE, "prompt 1 is float64"),
@@ -191,6 +203,13 @@ def test_decoding_through_the_cache_of_flax_is_the_whole_text() -> None:
 
     step: Any = jax.jit(decode)
     for at in range(7):
-        found, state = step(state, x[:, at : at + 1])
-        np.testing.assert_allclose(found[:, 0], wanted[:, at], rtol=1e-5, atol=1e-5)
+        out, state = step(state, x[:, at : at + 1])
+        np.testing.assert_allclose(out[:, 0], wanted[:, at], rtol=1e-5, atol=1e-5)
     assert step._cache_size() == 1
+
+
+def test_sizes_of_numpy_become_python_integers() -> None:
+    sizes = {"vocab_size": 16, "dim": 8, "hidden_dim": 16, "heads": 2, "kv_heads": 1, "head_dim": 4}
+    layers = (DecoderLayer(window=np.int64(3), chunk=np.int32(5)),)  # pyright: ignore[reportArgumentType]
+    config = DecoderConfig(**{name: np.int64(size) for name, size in sizes.items()}, layers=layers)  # pyright: ignore[reportArgumentType]
+    assert {type(getattr(config, name)) for name in sizes} == {type(layers[0].window), type(layers[0].chunk)} == {int}

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 import jaxmask
 from jaxmask import Causal, Chunked, Mask, SlidingWindow
-from jaxmask.flax import Cache, LayerCache, Step
+from jaxmask.flax import Cache, KeysAndValues, LayerCache, Seen, Step
 
 HEADS, KV_HEADS, DIM, LENGTH = 4, 2, 8, 24
 # A window for the cache, and the mask of a layer that looks no further back.
@@ -170,11 +170,11 @@ def test_every_step_after_the_last_that_had_room_is_nan() -> None:
         out, layer = cache.layers[0].attend(step, *new, Causal() & SlidingWindow(2))
         return jnp.isnan(out).all(), step.end([layer])
 
-    found = []
+    actual = []
     for _ in range(6):
         is_nan, cache = step(cache)
-        found.append(bool(is_nan))
-    assert found == [False, False, True, True, True, True]
+        actual.append(bool(is_nan))
+    assert actual == [False, False, True, True, True, True]
 
 
 def test_a_ring_never_shows_what_is_before_its_window() -> None:
@@ -246,3 +246,24 @@ def test_positions_are_those_of_what_is_kept() -> None:
 def test_a_step_says_the_positions_of_its_tokens() -> None:
     step: Step = Cache.empty(2, 8, layers=[None], kv_heads=1, dim=1).step(3, np.array([[0, 1, 1], [1, 1, 0]], bool))
     assert step.positions.tolist() == [[-1, 0, 1], [0, 1, 2]]
+
+
+def test_the_shapes_of_a_cache_larger_than_any_memory_are_known() -> None:
+    cache = jax.eval_shape(lambda: Cache.empty(1024, 2**20, layers=[None, 4096] * 32, kv_heads=64, dim=128))
+    assert [layer.key.shape[1] for layer in cache.layers] == [2**20, 4096] * 32
+    assert {layer.value.dtype for layer in cache.layers} == {jnp.dtype(jnp.float32)}
+    assert cache.tokens.shape == (1024,)
+
+
+def test_numpy_integers_become_python_integers() -> None:
+    size = np.int64(4)
+    cache = Cache.empty(size, size, layers=[None, np.int32(2)], kv_heads=size, dim=size)
+    expected = Cache.empty(4, 4, layers=[None, 2], kv_heads=4, dim=4)
+    assert jax.tree.structure(cache) == jax.tree.structure(expected)
+    assert [x.shape for x in jax.tree.leaves(cache)] == [x.shape for x in jax.tree.leaves(expected)]
+    assert type(cache.step(np.int64(1)).count) is int
+    assert Cache.empty(1, 8, layers=np.array([2, 4]), kv_heads=1, dim=1).layers[1].key.shape[1] == 4
+
+
+def test_the_old_name_of_keys_and_values_still_works() -> None:
+    assert Seen is KeysAndValues

@@ -113,15 +113,15 @@ def test_chunks_and_then_steps_have_the_logits_of_transformers(pair: tuple[Any, 
     tokens, valid = batch()
     wanted = of_transformers(pair[0], tokens, valid)
     step, cache = step_of(pair[1]), pair[1].empty_cache(3, LENGTH)
-    found: list[Any] = []
+    actual: list[Any] = []
     for start in range(0, PROMPT, 4):
         part = slice(start, start + 4)
         logits, cache = step(cache, tokens[:, part], valid[:, part])
-        found.append(logits)
+        actual.append(logits)
     for at in range(PROMPT, LENGTH):
         logits, cache = step(cache, tokens[:, at : at + 1])
-        found.append(logits)
-    np.testing.assert_allclose(np.concatenate(found, 1)[valid], wanted[valid], rtol=0, atol=1e-5)
+        actual.append(logits)
+    np.testing.assert_allclose(np.concatenate(actual, 1)[valid], wanted[valid], rtol=0, atol=1e-5)
 
 
 def test_padding_on_the_right_changes_nothing(pair: tuple[Any, Any]) -> None:

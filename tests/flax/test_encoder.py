@@ -11,7 +11,7 @@ from flax import nnx
 from transformers import BertConfig, BertModel
 
 from jaxmask import Padding
-from jaxmask.flax.encoder import Encoder, EncoderConfig, mean_pool
+from jaxmask.flax import Encoder, EncoderConfig, mean_pool
 from torch_compat import models
 
 BATCH, LENGTH = 4, 12
@@ -60,8 +60,8 @@ def states(bert: BertModel, tokens: np.ndarray, valid: np.ndarray, types: np.nda
     return [state.numpy() for state in outputs.hidden_states]
 
 
-def close(found: Any, expected: Any) -> None:
-    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
+def close(actual: Any, expected: Any) -> None:
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-5)
 
 
 @every_padding
@@ -76,8 +76,8 @@ def test_hidden_states_are_those_of_bert(bert: BertModel, valid: np.ndarray, imp
 def test_every_layer_is_that_of_bert(bert: BertModel) -> None:
     tokens, types = texts()
     encoder, valid = models.load(bert), PADDINGS["left"]
-    own = states(bert, tokens, valid, types)
-    for layer, before, after in zip(encoder.layers, own, own[1:], strict=False):
+    hidden = states(bert, tokens, valid, types)
+    for layer, before, after in zip(encoder.layers, hidden, hidden[1:], strict=False):
         close(layer(jnp.asarray(before), Padding(valid)), after)
 
 
@@ -97,10 +97,10 @@ def test_a_row_of_padding_is_finite_and_leaves_the_others_alone(bert: BertModel,
     tokens, types = texts()
     valid = PADDINGS["right"].copy()
     valid[2] = False
-    found = models.load(bert)(tokens, valid, types, implementation=implementation)
-    assert np.isfinite(found).all()
+    actual = models.load(bert)(tokens, valid, types, implementation=implementation)
+    assert np.isfinite(actual).all()
     others = np.array([0, 1, 3])
-    close(found[others], states(bert, tokens, valid, types)[-1][others])
+    close(actual[others], states(bert, tokens, valid, types)[-1][others])
 
 
 def test_what_is_no_token_is_nan_but_where_it_is_padding(bert: BertModel) -> None:
@@ -148,6 +148,6 @@ def test_the_mean_is_of_what_is_valid_and_zeros_where_nothing_is() -> None:
 
 def test_the_mean_of_a_long_text_in_half_precision_is_summed_in_float32() -> None:
     hidden = jnp.ones((1, 4096, 1), jnp.bfloat16)
-    found = mean_pool(hidden, jnp.ones((1, 4096), bool))
-    assert found.dtype == jnp.bfloat16
-    assert found.item() == 1
+    actual = mean_pool(hidden, jnp.ones((1, 4096), bool))
+    assert actual.dtype == jnp.bfloat16
+    assert actual.item() == 1

@@ -1,5 +1,7 @@
 """Cross-attention over padded texts: the logits of T5 in Flax are PyTorch's, all at once, in chunks, step by step."""
 
+# pyright: reportPrivateUsage=false
+
 from typing import Any
 
 import jax
@@ -57,7 +59,7 @@ def expected(theirs: Any, valid: np.ndarray) -> np.ndarray:
         return theirs(**dict(zip(("input_ids", "attention_mask", "decoder_input_ids"), tensors, strict=True))).logits
 
 
-def found(ours: encoder_decoder.T5, valid: np.ndarray, pieces: list[int]) -> tuple[np.ndarray, int]:
+def answer(ours: encoder_decoder.T5, valid: np.ndarray, pieces: list[int]) -> tuple[np.ndarray, int]:
     """The logits of the answer, read in pieces, and how often the reading of one was traced."""
     traces: list[Any] = []
 
@@ -76,25 +78,25 @@ def found(ours: encoder_decoder.T5, valid: np.ndarray, pieces: list[int]) -> tup
     return np.concatenate(logits, 1), len(traces)
 
 
-def close(found: Any, expected: Any) -> None:
-    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
+def close(actual: Any, expected: Any) -> None:
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-5)
 
 
 @every_padding
 def test_logits_of_a_whole_answer_are_those_of_t5(theirs: Any, ours: Any, valid: np.ndarray) -> None:
-    close(found(ours, valid, [TOTAL])[0], expected(theirs, valid))
+    close(answer(ours, valid, [TOTAL])[0], expected(theirs, valid))
 
 
 def test_a_prompt_in_chunks_and_then_step_by_step_has_the_logits_of_t5(theirs: Any, ours: Any) -> None:
     valid = PADDINGS["left"]
-    logits, traces = found(ours, valid, [3, 3, 3, *[1] * STEPS])
+    logits, traces = answer(ours, valid, [3, 3, 3, *[1] * STEPS])
     close(logits, expected(theirs, valid))
     # Once for the chunks, and once for the steps.
     assert traces == 2
 
 
 def test_the_padding_matters_to_the_logits(theirs: Any, ours: Any) -> None:
-    unpadded = found(ours, PADDINGS["none"], [TOTAL])[0]
+    unpadded = answer(ours, PADDINGS["none"], [TOTAL])[0]
     assert np.abs(unpadded - np.asarray(expected(theirs, PADDINGS["left"])))[1:].max() > 1e-2
 
 

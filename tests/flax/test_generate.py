@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from transformers.generation.logits_process import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from jaxmask.flax import Decoder, DecoderConfig, DecoderLayer, generate, left_pad
-from jaxmask.flax.generate import decode, likely, prefill
+from jaxmask.flax.models.generate import decode, likely, prefill
 from tests.helpers.tiny import tiny_llama
 from torch_compat.models import load
 
@@ -33,7 +33,7 @@ def model(models: tuple[Any, Decoder]) -> Decoder:
     return models[1]
 
 
-def of_transformers(model: Any, prompts: list[list[int]], **how: Any) -> np.ndarray:
+def of_transformers(model: Any, prompts: list[list[int]], **options: Any) -> np.ndarray:
     tokens, valid = left_pad(prompts)
     return model.generate(
         torch.from_numpy(tokens).long(),
@@ -41,14 +41,14 @@ def of_transformers(model: Any, prompts: list[list[int]], **how: Any) -> np.ndar
         max_new_tokens=NEW,
         do_sample=False,
         pad_token_id=0,
-        **how,
+        **options,
     )[:, tokens.shape[1] :].numpy()
 
 
 def test_a_padded_batch_gives_the_tokens_of_transformers(models: tuple[Any, Decoder]) -> None:
-    found = generate(models[1], *left_pad(PROMPTS), max_new_tokens=NEW)
-    np.testing.assert_array_equal(found.tokens, of_transformers(models[0], PROMPTS))
-    assert found.lengths.tolist() == [NEW] * 3
+    actual = generate(models[1], *left_pad(PROMPTS), max_new_tokens=NEW)
+    np.testing.assert_array_equal(actual.tokens, of_transformers(models[0], PROMPTS))
+    assert actual.lengths.tolist() == [NEW] * 3
 
 
 def test_a_batch_gives_the_tokens_of_each_prompt_alone(model: Decoder) -> None:
@@ -62,18 +62,18 @@ def test_padding_on_the_right_gives_the_same_tokens(model: Decoder) -> None:
     width = max(map(len, PROMPTS))
     tokens = np.array([prompt + [0] * (width - len(prompt)) for prompt in PROMPTS])
     valid = np.arange(width) < np.array([[len(prompt)] for prompt in PROMPTS])
-    found = generate(model, tokens, valid, max_new_tokens=NEW).tokens
-    np.testing.assert_array_equal(found, generate(model, *left_pad(PROMPTS), max_new_tokens=NEW).tokens)
+    actual = generate(model, tokens, valid, max_new_tokens=NEW).tokens
+    np.testing.assert_array_equal(actual, generate(model, *left_pad(PROMPTS), max_new_tokens=NEW).tokens)
 
 
 def test_a_row_ends_at_its_end_and_the_others_go_on(models: tuple[Any, Decoder]) -> None:
     free = np.asarray(generate(models[1], *left_pad(PROMPTS), max_new_tokens=NEW).tokens)
     ends = [int(free[0, 2]), int(free[1, 5])]
-    found = generate(models[1], *left_pad(PROMPTS), max_new_tokens=NEW, end=ends)
+    actual = generate(models[1], *left_pad(PROMPTS), max_new_tokens=NEW, end=ends)
     wanted = of_transformers(models[0], PROMPTS, eos_token_id=ends)
-    np.testing.assert_array_equal(found.tokens[:, : wanted.shape[1]], wanted)
-    assert (np.asarray(found.tokens)[:, wanted.shape[1] :] == 0).all()
-    for row, length in zip(free, found.lengths.tolist(), strict=True):
+    np.testing.assert_array_equal(actual.tokens[:, : wanted.shape[1]], wanted)
+    assert (np.asarray(actual.tokens)[:, wanted.shape[1] :] == 0).all()
+    for row, length in zip(free, actual.lengths.tolist(), strict=True):
         is_end = np.isin(row, ends)
         assert length == (is_end.argmax() + 1 if is_end.any() else NEW)
 
@@ -81,7 +81,7 @@ def test_a_row_ends_at_its_end_and_the_others_go_on(models: tuple[Any, Decoder])
 def test_on_tokens_is_told_every_token_in_order(model: Decoder) -> None:
     told: list[tuple[Any, Any]] = []
     free = np.asarray(generate(model, *left_pad(PROMPTS), max_new_tokens=NEW).tokens)
-    found = generate(
+    actual = generate(
         model,
         *left_pad(PROMPTS),
         max_new_tokens=NEW,
@@ -90,8 +90,8 @@ def test_on_tokens_is_told_every_token_in_order(model: Decoder) -> None:
     )
     jax.effects_barrier()
     tokens, live = (np.stack(parts, 1) for parts in zip(*told, strict=True))
-    np.testing.assert_array_equal(tokens, found.tokens[:, : tokens.shape[1]])
-    np.testing.assert_array_equal(live.sum(1), found.lengths)
+    np.testing.assert_array_equal(tokens, actual.tokens[:, : tokens.shape[1]])
+    np.testing.assert_array_equal(live.sum(1), actual.lengths)
 
 
 def programs() -> list[int]:
@@ -101,10 +101,10 @@ def programs() -> list[int]:
 
 
 def test_other_prompts_of_the_same_shape_compile_nothing(model: Decoder) -> None:
-    how: dict[str, Any] = {"max_new_tokens": NEW, "key": jax.random.key(0)}
-    generate(model, *left_pad(PROMPTS), temperature=0.7, top_p=0.9, end=[1], pad=0, **how)
+    options: dict[str, Any] = {"max_new_tokens": NEW, "key": jax.random.key(0)}
+    generate(model, *left_pad(PROMPTS), temperature=0.7, top_p=0.9, end=[1], pad=0, **options)
     before = programs()
-    generate(model, *left_pad([[1, 2, 3], [4] * 7, [5]]), temperature=1.5, top_p=0.2, end=[7], pad=2, **how)
+    generate(model, *left_pad([[1, 2, 3], [4] * 7, [5]]), temperature=1.5, top_p=0.2, end=[7], pad=2, **options)
     assert programs() == before
 
 
@@ -119,9 +119,9 @@ def test_the_same_key_draws_the_same_and_another_does_not(model: Decoder) -> Non
 
 def test_drawing_from_the_likeliest_alone_is_greedy(model: Decoder) -> None:
     greedy = generate(model, *left_pad(PROMPTS), max_new_tokens=NEW).tokens
-    for how in ({"top_k": 1}, {"top_p": 1e-6}):
-        how: Any = {**how, "temperature": 1.0, "key": jax.random.key(0)}
-        np.testing.assert_array_equal(generate(model, *left_pad(PROMPTS), max_new_tokens=NEW, **how).tokens, greedy)
+    for options in ({"top_k": 1}, {"top_p": 1e-6}):
+        options: Any = {**options, "temperature": 1.0, "key": jax.random.key(0)}
+        np.testing.assert_array_equal(generate(model, *left_pad(PROMPTS), max_new_tokens=NEW, **options).tokens, greedy)
 
 
 @given(
@@ -139,9 +139,9 @@ def test_what_is_likely_is_what_transformers_draws_from(
         scores = TopKLogitsWarper(top_k)(None, scores)  # pyright: ignore[reportArgumentType]
     if top_p is not None:
         scores = TopPLogitsWarper(top_p)(None, scores)  # pyright: ignore[reportArgumentType]
-    found = likely(jnp.asarray(logits), temperature, top_k, top_p)
-    np.testing.assert_array_equal(np.isinf(found), np.isinf(scores.numpy()))
-    np.testing.assert_allclose(found, scores.numpy(), rtol=1e-6)
+    actual = likely(jnp.asarray(logits), temperature, top_k, top_p)
+    np.testing.assert_array_equal(np.isinf(actual), np.isinf(scores.numpy()))
+    np.testing.assert_allclose(actual, scores.numpy(), rtol=1e-6)
 
 
 def test_tokens_are_drawn_as_often_as_they_are_likely() -> None:
@@ -152,11 +152,11 @@ def test_tokens_are_drawn_as_often_as_they_are_likely() -> None:
     model.embedding.embedding[...] = jnp.ones((4, 4))
     model.head.weight[...] = jnp.log(jnp.array([0.1, 0.2, 0.3, 0.4]))[:, None] * jnp.array([1.0, 0, 0, 0])
     out = model(np.zeros((1, 1), int))[0][0, 0]
-    found = generate(model, np.zeros((500, 1), int), max_new_tokens=20, temperature=1.0, key=jax.random.key(0)).tokens
-    frequencies = np.bincount(np.asarray(found).ravel(), minlength=4) / found.size
+    actual = generate(model, np.zeros((500, 1), int), max_new_tokens=20, temperature=1.0, key=jax.random.key(0)).tokens
+    frequencies = np.bincount(np.asarray(actual).ravel(), minlength=4) / actual.size
     np.testing.assert_allclose(frequencies, jax.nn.softmax(out), atol=0.02)
 
 
 def test_a_longer_cache_changes_nothing(model: Decoder) -> None:
-    found = generate(model, *left_pad(PROMPTS), max_new_tokens=NEW, cache_length=50).tokens
-    np.testing.assert_array_equal(found, generate(model, *left_pad(PROMPTS), max_new_tokens=NEW).tokens)
+    actual = generate(model, *left_pad(PROMPTS), max_new_tokens=NEW, cache_length=50).tokens
+    np.testing.assert_array_equal(actual, generate(model, *left_pad(PROMPTS), max_new_tokens=NEW).tokens)

@@ -11,7 +11,7 @@ from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxmask.flax.linear import Linear, project
+from jaxmask.flax.models.layers import Linear, project
 
 SHAPES = st.tuples(st.lists(st.integers(0, 5), max_size=3), st.integers(1, 9), st.integers(1, 24))
 
@@ -32,9 +32,9 @@ def test_linear_and_its_gradients_are_those_of_pytorch(
     expected = theirs(tensor)
     gradients = torch.autograd.grad(expected, [tensor, *theirs.parameters()], torch.from_numpy(cotangent))
     graph, state = nnx.split(ours)
-    found, pullback = jax.vjp(lambda state, x: nnx.merge(graph, state)(x), state, jnp.asarray(x))
+    actual, pullback = jax.vjp(lambda state, x: nnx.merge(graph, state)(x), state, jnp.asarray(x))
     of_state, of_x = pullback(jnp.asarray(cotangent))
-    np.testing.assert_allclose(found, expected.detach().numpy(), rtol=0, atol=1e-5)
+    np.testing.assert_allclose(actual, expected.detach().numpy(), rtol=0, atol=1e-5)
     ours_of = [of_x, *(of_state[name][...] for name, _ in theirs.named_parameters())]
     for gradient, theirs_of in zip(ours_of, gradients, strict=True):
         np.testing.assert_allclose(gradient, theirs_of, rtol=0, atol=1e-4)

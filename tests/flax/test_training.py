@@ -1,5 +1,7 @@
 """Training on packed documents is training on the documents one by one, in PyTorch."""
 
+# pyright: reportMissingTypeStubs=false
+
 from typing import Any
 
 import jax
@@ -71,8 +73,8 @@ def test_packed_documents_train_as_documents_one_by_one_in_pytorch() -> None:
             for weight, parameter in zip(as_weights.parameters(), theirs.parameters(), strict=True):
                 weight.copy_(parameter.grad)
         wanted_gradients = jax.tree.leaves(nnx.split(load(as_weights))[1])
-        for found, right in zip(jax.tree.leaves(gradients), wanted_gradients, strict=True):
-            np.testing.assert_allclose(found, right, rtol=0, atol=1e-5)
+        for actual, right in zip(jax.tree.leaves(gradients), wanted_gradients, strict=True):
+            np.testing.assert_allclose(actual, right, rtol=0, atol=1e-5)
         updates, moments = optimizer.update(gradients, moments)
         state = optax.apply_updates(state, updates)
         torch_optimizer.step()

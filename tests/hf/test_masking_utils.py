@@ -1,5 +1,7 @@
 """``jaxmask.hf.masking_utils`` is Transformers' module on JAX arrays; its tiles are PyTorch's block masks."""
 
+# pyright: reportPrivateUsage=false
+
 import inspect
 import subprocess
 import sys
@@ -27,8 +29,8 @@ from jaxmask.hf import masking_utils as masks
 from tests.core.test_mask_laws import compilations
 from tests.helpers.bad import bad, refusals
 from tests.helpers.strategies import Described, Problem, cases, problems
-from torch_compat import masking_cases, verify
 from torch_compat.blocks import to_block_mask
+from torch_compat.verify import comparison, masking_cases
 
 NAMES = (*masking_cases.OPERATIONS, "LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING", "ALL_MASK_ATTENTION_FUNCTIONS")
 # Bad input, and what a trace makes of arrays, is known to no type checker.
@@ -70,9 +72,50 @@ def _parameters(function: Callable[..., Any]) -> list[tuple[str, object, object]
     return [(parameter.name, parameter.kind, default(parameter.default)) for parameter in parameters]
 
 
-@pytest.mark.parametrize("name", masking_cases.OPERATIONS)
+# One is gone in Transformers 5.24, and kept here.
+SHARED = [name for name in masking_cases.OPERATIONS if hasattr(transformers_masks, name)]
+
+
+@pytest.mark.skipif(masking_cases.CACHE != "cache", reason="the signatures are those of Transformers 5.24")
+@pytest.mark.parametrize("name", SHARED)
 def test_signature_is_that_of_transformers(name: str) -> None:
     assert _parameters(getattr(masks, name)) == _parameters(getattr(transformers_masks, name))
+
+
+CREATORS = [name for name in masking_cases.OPERATIONS if name.startswith("create_")]
+
+
+@pytest.mark.parametrize("name", CREATORS)
+def test_a_cache_is_taken_by_its_old_name_too(name: str) -> None:
+    create = getattr(lib, name)
+    config = SimpleNamespace(_attn_implementation="sdpa", sliding_window=3, attention_chunk_size=3, layer_types=None)
+    padded = jnp.arange(16) >= jnp.array([[1], [0]])
+    answers = [create(config, EMBEDS, padded, **{cache: Cache(4)}) for cache in ("cache", "past_key_values")]
+    assert np.array_equal(np.asarray(answers[0]), np.asarray(answers[1]))
+    assert name == "create_recurrent_attention_mask" or answers[0].shape == (2, 1, 4, 16)
+    with pytest.raises(TypeError, match="both cache and past_key_values"):
+        create(config, EMBEDS, padded, cache=None, past_key_values=None)
+
+
+@pytest.mark.parametrize("name", ["create_causal_mask", "create_chunked_causal_mask", "create_bidirectional_mask"])
+def test_a_paged_cache_needs_no_mask(name: str) -> None:
+    class PagedAttentionCache:
+        """As Transformers names it."""
+
+    class Mine(PagedAttentionCache):
+        """One of its subclasses."""
+
+    for cache in (PagedAttentionCache(), Mine()):
+        assert getattr(lib, name)(EAGER, EMBEDS, PADDED, cache=cache) is None
+
+
+@pytest.mark.parametrize(
+    "name", ["create_causal_mask", "create_sliding_window_causal_mask", "create_chunked_causal_mask"]
+)
+def test_blocks_do_not_reach_from_one_packed_document_into_another(name: str) -> None:
+    positions, blocks = jnp.array([[0, 1, 0, 1]]), jnp.zeros((1, 4), jnp.int32)
+    ours = getattr(lib, name)(SDPA, EMBEDS[:1], None, None, positions, block_sequence_ids=blocks)
+    assert np.array_equal(np.asarray(ours)[0, 0], np.kron(np.eye(2), np.ones((2, 2))))
 
 
 def test_the_mappings_have_the_keys_and_functions_of_transformers() -> None:
@@ -118,19 +161,23 @@ class Drawn:
     @classmethod
     def of(cls, seed: int) -> "Drawn":
         rng = np.random.default_rng(seed)
-        draw = masking_cases._Draw("float32", rng, rng)
+        draw = masking_cases.MaskingDraw("float32", rng, rng)
         shape = draw.shape()
-        return cls(shape, draw.tree(shape).on(verify.jax_side("float32", np.asarray)))
+        return cls(shape, draw.tree(shape).on(comparison.jax_side("float32", np.asarray)))
 
     @property
     def arguments(self) -> dict[str, Any]:
-        sizes = {"batch_size": self.shape.batch_size, "q_length": self.shape.query_length, "kv_length": self.shape.end}
+        sizes = {
+            "batch_size": self.shape.batch_size,
+            "q_length": self.shape.query_length,
+            "kv_length": self.shape.key_length,
+        }
         return sizes | {"q_offset": self.shape.past, "mask_function": self.function}
 
     @property
     def expected(self) -> np.ndarray:
         """What the function says of each pair, asked for one by one."""
-        b, _, q, kv = np.indices((self.shape.batch_size, 1, self.shape.query_length, self.shape.end), np.int32)
+        b, _, q, kv = np.indices((self.shape.batch_size, 1, self.shape.query_length, self.shape.key_length), np.int32)
         return np.asarray(self.function(b.ravel(), 0, q.ravel() + self.shape.past, kv.ravel())).reshape(b.shape)
 
 
@@ -150,7 +197,7 @@ def test_tiles_of_a_mask_function_are_sound(seed: int) -> None:
     drawn = Drawn.of(seed)
     shape = drawn.shape
     mask = masks.flex_attention_mask(**drawn.arguments).mask
-    tiles = mask.tiles(shape.query_length, shape.end, block=2, offset=shape.past)
+    tiles = mask.tiles(shape.query_length, shape.key_length, block=2, offset=shape.past)
     assert isinstance(tiles.states, np.ndarray)
     assert tiles.states.shape[0] == shape.batch_size
     for b, h, i, j in np.ndindex(*tiles.states.shape):
@@ -194,6 +241,78 @@ def test_a_function_of_pairs_may_index_an_array_that_is_traced() -> None:
 def test_a_function_of_pairs_may_be_constant() -> None:
     ours = masks.create_causal_mask(SDPA, EMBEDS, PADDED, None, or_mask_function=lambda *pair: True)
     assert np.array_equal(np.asarray(ours), np.broadcast_to(np.asarray(PADDED)[:, None, None] != 0, (2, 1, 4, 4)))
+
+
+# What lies beyond an array.
+
+FOUR: Any = np.array([[1, 1, 0, 1]])
+ENDING = {
+    "padding": lambda ids: lib.padding_mask_function(ids),
+    "packed": lambda ids: lib.packed_sequence_mask_function(ids),
+    "blockwise": lambda ids: lib.blockwise_overlay(ids),
+    "remap": lambda ids: lib.remap_positions_for_packed_sequence(lib.bidirectional_mask_function, ids),
+    "a mask": lambda ids: Padding(ids),
+}
+
+
+@pytest.mark.parametrize("as_array", [np.asarray, jnp.asarray], ids=["numpy", "jax"])
+@pytest.mark.parametrize("name", ENDING)
+def test_known_positions_beyond_an_array_are_refused(name: str, as_array: Callable[[Any], Any]) -> None:
+    function = lib.and_masks(ENDING[name](as_array(FOUR)))
+    pattern = r"\[1, 4\], ends at position 3, but (query|key) positions 0 to 5 were asked for"
+    for mask in (masks.sdpa_mask, masks.eager_mask, masks.flex_attention_mask):
+        with pytest.raises(ValueError, match=pattern):
+            mask(1, 6, 6, mask_function=function, local_size=1)
+    with pytest.raises(ValueError, match=pattern):
+        lib.create_bidirectional_mask(SDPA, jnp.zeros((1, 6, 8)), None, and_mask_function=function)
+    with pytest.raises(ValueError, match=r"positions 4 to 4 were asked for"):
+        function(0, 0, 0, 4)
+    with pytest.raises(ValueError, match="-1 to"):
+        lib.add_offsets_to_mask_function(function, 0, -1)(0, 0, 0, 0)
+
+
+@pytest.mark.parametrize("name", ENDING)
+@pytest.mark.parametrize("count", [1, 4])
+def test_traced_positions_beyond_an_array_do_not_attend(name: str, count: int) -> None:
+    function = lib.and_masks(ENDING[name](jnp.ones((1, count), jnp.int32)))
+
+    @jax.jit
+    def read(first: Any) -> Any:
+        return masks.sdpa_mask(1, 1, count, kv_offset=first, mask_function=function, local_size=1)
+
+    allowed = np.stack([np.asarray(read(first))[0, 0, 0] for first in range(count + 2)])
+    assert np.array_equal(allowed, np.arange(count + 2)[:, None] + np.arange(count) < count)
+
+
+@pytest.mark.parametrize("name", ENDING)
+def test_traced_positions_beyond_an_array_have_no_tiles(name: str) -> None:
+    function = lib.and_masks(ENDING[name](jnp.ones((1, 256), jnp.int32)))
+
+    @jax.jit
+    def tiles(first: Any) -> Any:
+        return masks.flex_attention_mask(1, 128, 256, kv_offset=first, mask_function=function).states
+
+    assert tiles(0).tolist() == [[[[jaxmask.FULL, jaxmask.FULL]]]]
+    assert tiles(128).tolist() == [[[[jaxmask.FULL, jaxmask.EMPTY]]]]
+
+
+def test_positions_that_are_remapped_beyond_an_array_are_refused() -> None:
+    function = lib.remap_positions_for_packed_sequence(lib.padding_mask_function(FOUR), np.array([[0, 1, 0, 5]]))
+    with pytest.raises(ValueError, match="key positions 0 to 5 were asked for"):
+        masks.sdpa_mask(1, 4, 4, mask_function=function, local_size=1)
+
+
+def test_an_array_for_fewer_examples_is_refused() -> None:
+    function = lib.padding_mask_function(np.ones((2, 4)))
+    with pytest.raises(ValueError, match="is for 2 examples, but 3 were asked for"):
+        masks.sdpa_mask(3, 4, 4, mask_function=function, local_size=1)
+
+
+def test_blocks_may_end_before_the_slots_of_a_cache() -> None:
+    blocks = jnp.array([[0, 0, 1, 1]])
+    ours = masks.create_causal_mask(SDPA, EMBEDS[:1], None, Cache(0, kv_length=6), block_sequence_ids=blocks)
+    expected = np.kron(np.eye(2), np.ones((2, 2))) + np.tril(np.ones((4, 4))) > 0
+    assert np.array_equal(np.asarray(ours)[0, 0], np.pad(expected, ((0, 0), (0, 2))))
 
 
 # Configurations and caches.
@@ -373,7 +492,7 @@ def test_block_mask_is_that_of_every_pair(case: tuple[Problem, list[Described]])
         lambda b, h, q, kv: allowed[b, h, q, kv], *allowed.shape, device="cpu", BLOCK_SIZE=(2, 3)
     )
     ours = to_block_mask(tiles)
-    assert verify.compare(verify._parts(ours), verify._parts(theirs)) is None
+    assert comparison.compare(comparison.parts(ours), comparison.parts(theirs)) is None
     assert torch.equal(create_mask(ours.mask_mod, *allowed.shape, device="cpu"), allowed)
 
 
@@ -425,7 +544,7 @@ def test_block_mask_of_many_tiles_with_offsets_of_examples(as_array: Callable[[A
     theirs = create_block_mask(
         lambda b, h, q, kv: allowed[b, h, q, kv], 2, None, 1200, 2000, device="cpu", BLOCK_SIZE=8
     )
-    assert verify.compare(verify._parts(to_block_mask(tiles)), verify._parts(theirs)) is None
+    assert comparison.compare(comparison.parts(to_block_mask(tiles)), comparison.parts(theirs)) is None
 
 
 # Bad input.

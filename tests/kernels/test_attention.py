@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import jaxmask
-from jaxmask import Causal, Full, Mask, Padding, PerHead, Prefix, Segments, SlidingWindow, Window
+from jaxmask import Causal, Full, Mask, Padding, PerHead, Predicate, Prefix, Segments, SlidingWindow, Window
 from jaxmask.kernels import blocked, fused
 from jaxmask.kernels.call import checked_call
 from tests.helpers.strategies import Described, Problem, described, problems
@@ -24,7 +24,7 @@ Attend = Callable[..., Any]
 
 BATCH, HEADS, KV_HEADS, QUERIES, KEYS, DIM, DIM_V = 2, 4, 2, 19, 40, 8, 6
 OFFSET = KEYS - QUERIES
-# Several tiles of queries and strips of keys, and the last of each is ragged.
+# Several tiles of queries and ranges of keys, and the last of each is ragged.
 BLOCK = (8, 16)
 
 by_blocks = partial(blocked.attention, block=BLOCK)
@@ -195,7 +195,7 @@ def test_half_precision_is_no_worse_than_that_of_jax_nn(attend: Attend, dtype: A
 
 
 def by_jax_nn(query: Any, key: Any, value: Any, mask: Mask, offset: Any = None) -> Any:
-    return fused.by_jax_nn(checked_call(query, key, value, mask, None, None, offset, None, None), "xla")
+    return fused.by_jax_nn(checked_call(query, key, value, mask, None, None, offset, None, None, None), "xla")
 
 
 THEIRS: dict[str, Attend] = {
@@ -437,3 +437,68 @@ def test_keys_of_a_ring_buffer_are_the_same_keys_in_order(attend: Attend) -> Non
         expected[name] = expected[name][:, ring]
     found = called(attend, arrays, cotangent, mask=SlidingWindow(9), offset=OFFSET, key_positions=jnp.asarray(ring))
     assert_close(found, (expected, scales), TOLERANCE["float32"])
+
+
+# Positions of queries.
+
+# Two shards of the zigzag order of ring attention: the first and the last quarter of the tokens, then the others.
+ZIGZAG = np.split(np.r_[0:10, 30:40, 10:30], 2)
+QUERY_POSITIONS = {"one order": ZIGZAG[0], "an order for each example": np.stack(ZIGZAG)}
+
+
+@ours
+@pytest.mark.parametrize("to_array", [np.asarray, jnp.asarray], ids=["static", "traced"])
+@pytest.mark.parametrize("positions", QUERY_POSITIONS.values(), ids=QUERY_POSITIONS)
+def test_queries_attend_by_their_positions(attend: Attend, positions: Any, to_array: Callable[..., Any]) -> None:
+    arrays, cotangent = arrays_of(20, KEYS)
+    mask = Causal() & SlidingWindow(12) & Padding(jnp.asarray(VALID))
+    q, kv = positions.reshape(-1, 1, 20, 1), np.arange(KEYS)
+    allowed = (kv <= q) & (kv > q - 12) & VALID[:, None, None]
+    found = called(attend, arrays, cotangent, mask=mask, query_positions=to_array(positions))
+    assert_close(found, defined(allowed, cotangent, **arrays), TOLERANCE["float32"])
+
+
+@ours
+def test_zigzag_shards_are_the_rows_of_the_whole(attend: Attend) -> None:
+    arrays, _ = arrays_of(KEYS, KEYS)
+    whole = attend(**arrays, mask=SlidingWindow(12))
+    for positions in ZIGZAG:
+        shard = {**arrays, "query": arrays["query"][:, positions]}
+        out = attend(**shard, mask=SlidingWindow(12), query_positions=positions)
+        np.testing.assert_allclose(out, whole[:, positions], atol=1e-6)
+
+
+@ours
+def test_a_bias_of_positions_is_read_at_the_positions_of_queries(attend: Attend) -> None:
+    arrays, cotangent = arrays_of(20, KEYS)
+    bias = lambda b, h, q, kv: SLOPES[h] * (kv - q)  # noqa: E731
+    written = np.asarray(SLOPES, np.float64)[:, None, None] * (np.arange(KEYS) - ZIGZAG[1][:, None])
+    allowed = np.arange(KEYS) <= ZIGZAG[1][:, None]
+    expected = defined(allowed, cotangent, **arrays, bias=written)
+    found = called(attend, arrays, cotangent, mask=Causal(), bias=bias, query_positions=ZIGZAG[1])
+    assert_close(found, expected, TOLERANCE["float32"])
+
+
+# What a mask knows of the heads.
+
+
+def test_the_bounds_of_a_predicate_may_look_at_the_head_at_any_length() -> None:
+    # A window of its own for each head, and nothing but the arrays to say how many heads there are.
+    def window(b: Any, h: Any, q: Any, kv: Any) -> Any:
+        return (kv <= q) & (q - kv < 40 * (h + 1))
+
+    def bounds(b: Any, h: Any, q: Any, kv: Any) -> Any:
+        some = (kv.min <= q.max) & (q.min - kv.max < 40 * (h + 1))
+        return some, (kv.max <= q.min) & (q.max - kv.min < 40 * (h + 1))
+
+    arrays, cotangent = arrays_of(600, 600)
+    mask = Predicate(window, bounds=bounds)
+    by_tiles, by_scores = (
+        called(partial(jaxmask.attention, implementation=name), arrays, cotangent, mask=mask)
+        for name in ("blocked", "xla")
+    )
+    allowed = np.stack([np.asarray(SlidingWindow(40 * (head + 1)).dense(600, 600))[0, 0] for head in range(HEADS)])
+    expected = defined(allowed, cotangent, **arrays)
+    assert_close(by_tiles, expected, TOLERANCE["float32"])
+    assert_close(by_scores, expected, TOLERANCE["float32"])
+    assert jaxmask.explain(**arrays, mask=mask).sparsity == mask.tiles(600, 600, heads=HEADS).sparsity > 0.4

@@ -34,11 +34,11 @@ def readable(mask: Mask) -> Any:
     return mask.dense(LENGTH, LENGTH) | jnp.eye(LENGTH, dtype=bool)
 
 
-def same(found: Any, expected: Any, tolerance: float = 2e-6) -> None:
-    assert found.dtype == expected.dtype
+def same(actual: Any, expected: Any, tolerance: float = 2e-6) -> None:
+    assert actual.dtype == expected.dtype
     scale = float(np.abs(np.asarray(expected, np.float64)).max())
     np.testing.assert_allclose(
-        np.asarray(found, np.float64), np.asarray(expected, np.float64), rtol=0, atol=tolerance * scale
+        np.asarray(actual, np.float64), np.asarray(expected, np.float64), rtol=0, atol=tolerance * scale
     )
 
 
@@ -68,22 +68,22 @@ def test_a_layer_attends_as_with_the_dense_mask(layer: Any, theirs: Any) -> None
 @every_layer
 def test_the_mask_of_the_call_is_joined_to_the_description(layer: Any, theirs: Any) -> None:
     mask = readable(Padding(VALID))
-    found = layer(X, make_attention_fn(BASE), mask=mask)
-    same(found, layer(X, theirs, mask=mask & BASE.dense(LENGTH, LENGTH)))
+    actual = layer(X, make_attention_fn(BASE), mask=mask)
+    same(actual, layer(X, theirs, mask=mask & BASE.dense(LENGTH, LENGTH)))
 
 
 @every_layer
 def test_gradients_of_a_layer_are_those_with_the_dense_mask(layer: Any, theirs: Any) -> None:
-    found = jax.grad(lambda x: layer(x, make_attention_fn(BASE)).sum())(X)
-    same(found, jax.grad(lambda x: layer(x, theirs, mask=BASE.dense(LENGTH, LENGTH)).sum())(X))
+    actual = jax.grad(lambda x: layer(x, make_attention_fn(BASE)).sum())(X)
+    same(actual, jax.grad(lambda x: layer(x, theirs, mask=BASE.dense(LENGTH, LENGTH)).sum())(X))
 
 
 @every_flax
 def test_bias_and_numeric_mask_are_honoured(theirs: Any) -> None:
     arrays, bias = heads(2), some(1, HEADS, LENGTH, LENGTH, seed=5)
     mask = readable(Padding(VALID)).astype(jnp.float32)
-    found = make_attention_fn(BASE)(*arrays, bias=bias, mask=mask)
-    same(found, theirs(*arrays, bias=bias, mask=(mask > 0) & BASE.dense(LENGTH, LENGTH)))
+    actual = make_attention_fn(BASE)(*arrays, bias=bias, mask=mask)
+    same(actual, theirs(*arrays, bias=bias, mask=(mask > 0) & BASE.dense(LENGTH, LENGTH)))
 
 
 @every_flax
@@ -93,15 +93,15 @@ def test_any_number_of_batch_dimensions(theirs: Any, batch: tuple[int, ...]) -> 
     mask = some(*batch, 1, LENGTH, LENGTH, seed=6) > 0
     mask = mask | jnp.eye(LENGTH, dtype=bool)
     bias = some(*(1 for _ in batch), HEADS, 1, LENGTH, seed=7)
-    found = make_attention_fn(BASE)(*arrays, bias=bias, mask=mask)
-    same(found, theirs(*arrays, bias=bias, mask=mask & BASE.dense(LENGTH, LENGTH)[(0,) * (not batch)]))
+    actual = make_attention_fn(BASE)(*arrays, bias=bias, mask=mask)
+    same(actual, theirs(*arrays, bias=bias, mask=mask & BASE.dense(LENGTH, LENGTH)[(0,) * (not batch)]))
 
 
 @every_flax
 def test_the_dtype_is_honoured(theirs: Any) -> None:
     arrays = heads(2)
-    found = make_attention_fn(Full())(*arrays, dtype=jnp.bfloat16)
-    same(found, theirs(*arrays, dtype=jnp.bfloat16), tolerance=2e-2)
+    actual = make_attention_fn(Full())(*arrays, dtype=jnp.bfloat16)
+    same(actual, theirs(*arrays, dtype=jnp.bfloat16), tolerance=2e-2)
 
 
 def test_a_function_that_promotes_dtypes_is_honoured() -> None:
@@ -114,8 +114,8 @@ def test_a_function_that_promotes_dtypes_is_honoured() -> None:
 
 def test_is_causal_is_joined_to_the_description() -> None:
     arrays = heads(2)
-    found = make_attention_fn(Padding(jnp.ones((1, LENGTH), bool)))(*arrays, is_causal=True)
-    same(found, nnx.dot_product_attention(*arrays, is_causal=True))
+    actual = make_attention_fn(Padding(jnp.ones((1, LENGTH), bool)))(*arrays, is_causal=True)
+    same(actual, nnx.dot_product_attention(*arrays, is_causal=True))
 
 
 def test_no_description_is_no_mask() -> None:
@@ -202,15 +202,15 @@ def test_decoding_with_an_offset_is_the_row_of_the_whole(at: int) -> None:
     layer = linen.MultiHeadDotProductAttention(
         num_heads=HEADS, attention_fn=make_attention_fn(BASE, offset=jnp.asarray(at)), decode=True
     )
-    found, _ = layer.apply(cache, X[:, at : at + 1], mutable=["cache"])
-    same(found[:, 0], jnp.asarray(expected)[:, at], tolerance=1e-5)
+    actual, _ = layer.apply(cache, X[:, at : at + 1], mutable=["cache"])
+    same(actual[:, 0], jnp.asarray(expected)[:, at], tolerance=1e-5)
 
 
 def test_decoding_without_positions_attends_to_the_keys_that_are_there() -> None:
     plain, variables = decoding(linen.dot_product_attention)
     layer = linen.MultiHeadDotProductAttention(num_heads=HEADS, attention_fn=make_attention_fn(), decode=True)
-    found, expected = (each.apply(variables, X[:, :1], mutable=["cache"])[0] for each in (layer, plain))
-    same(found, expected)
+    actual, expected = (module.apply(variables, X[:, :1], mutable=["cache"])[0] for module in (layer, plain))
+    same(actual, expected)
 
 
 def test_the_mask_of_the_call_has_a_row_for_each_query_wherever_they_are() -> None:

@@ -245,7 +245,7 @@ def decoding(cache: int, live: slice, dim: int = 8) -> tuple[Arrays, Arrays]:
     ],
     ids=["causal", "two lengths", "sliding", "sliding traced", "prefix"],
 )
-def test_a_step_of_decoding_reads_live_strips_alone(mask: Mask, offset: Any, read: slice) -> None:
+def test_a_step_of_decoding_reads_live_keys_alone(mask: Mask, offset: Any, read: slice) -> None:
     zeros, dead = decoding(64, read)
     found, expected = (
         jax.jit(partial(blocked.attention, mask=mask, block=(1, 16)))(**x, offset=jnp.asarray(offset))
@@ -257,7 +257,7 @@ def test_a_step_of_decoding_reads_live_strips_alone(mask: Mask, offset: Any, rea
     assert_close({"out": found}, defined(allowed, jnp.zeros_like(found), **zeros), TOLERANCE)
 
 
-def test_a_step_of_decoding_reads_live_strips_alone_by_default() -> None:
+def test_a_step_of_decoding_reads_live_keys_alone_by_default() -> None:
     _, dead = decoding(2048, slice(0, 512))
     found = jaxmask.attention(**dead, mask=Causal(), offset=jnp.asarray(300))
     assert np.isfinite(found).all()

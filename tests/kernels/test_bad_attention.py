@@ -123,6 +123,27 @@ MASKS = [
         r"int32\[5\]",
     ),
     bad(
+        "offset-and-query-positions",
+        lambda: attend(mask=Causal(), offset=0, query_positions=jnp.arange(6)),
+        VALUE,
+        "offset and query_positions",
+    ),
+    bad(
+        "query-positions-batch",
+        lambda: attend(mask=Causal(), query_positions=jnp.zeros((3, 6), int)),
+        VALUE,
+        "query_positions is for 3 batch",
+        "have 2",
+    ),
+    bad(
+        "query-positions-explained",
+        lambda: explain(mask=Causal(), query_positions=jnp.arange(5)),
+        VALUE,
+        "query_positions",
+        "6 queries",
+        r"int32\[5\]",
+    ),
+    bad(
         "positions-list",
         lambda: attend(mask=Causal(), offset=0, key_positions=[0] * 6),
         TYPE,
@@ -200,6 +221,21 @@ IMPLEMENTATIONS = [
         lambda: attend(mask=Causal(), offset=0, key_positions=jnp.arange(6), implementation="tokamax"),
         VALUE,
         "key_positions",
+    ),
+    *(
+        bad(
+            f"{name}-query-positions",
+            lambda name=name: attend(
+                *(zeros(1, 128, 2, 64, dtype=jnp.float16),) * 3,
+                mask=Causal(),
+                query_positions=jnp.arange(128),
+                implementation=name,
+            ),
+            VALUE,
+            f"'{name}' cannot",
+            "it takes no query_positions",
+        )
+        for name in ("cudnn", "tokamax", "splash")
     ),
     bad("splash-ragged", lambda: splash(100), VALUE, "'splash' cannot", "100"),
     bad("splash-bias", lambda: splash(bias=zeros(128, 128)), VALUE, "'splash' cannot", "it takes no bias"),

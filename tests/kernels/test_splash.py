@@ -91,12 +91,30 @@ def within_reach(b: Any, h: Any, q: Any, kv: Any) -> Any:
 
 
 class Chosen(Mask):
-    """A leaf of one's own: queries that may attend, read from a table of all positions."""
+    """A mask of one's own: queries that may attend, read from a table of all positions."""
 
     table: Any
 
     def allows(self, b: Any, h: Any, q: Any, kv: Any) -> Any:
         return lookup(self.table, q=q)
+
+
+class Kept(Mask):
+    """A mask of one's own: keys that may be attended to, for each example."""
+
+    keys: Any
+
+    def allows(self, b: Any, h: Any, q: Any, kv: Any) -> Any:
+        return lookup(self.keys, b=b, kv=kv)
+
+
+class Sloped(Mask):
+    """A mask of one's own that holds a number that is no integer."""
+
+    slope: Any
+
+    def allows(self, b: Any, h: Any, q: Any, kv: Any) -> Any:
+        return kv < self.slope * q
 
 
 def by_head(b: Any, h: Any, q: Any, kv: Any) -> Any:
@@ -325,8 +343,8 @@ def test_attention_and_gradients_are_those_of_the_dense_mask(mask: Mask, offset:
 def test_soft_cap_and_the_fused_backward_pass_are_those_of_splash() -> None:
     sizes = BlockSizes(128, 128, 128, 128, 384, 128, use_fused_bwd_kernel=True)
     mask = SlidingWindow(100) & Padding(jnp.asarray(VALID))
-    how: Any = {"offset": OFFSET, "block_sizes": sizes, "attn_logits_soft_cap": 3.0, "interpret": True}
-    assert_attends_as(to_splash(mask, QUERIES, KEYS, **how), written_out(mask, OFFSET), soft_cap=3.0)
+    options: Any = {"offset": OFFSET, "block_sizes": sizes, "attn_logits_soft_cap": 3.0, "interpret": True}
+    assert_attends_as(to_splash(mask, QUERIES, KEYS, **options), written_out(mask, OFFSET), soft_cap=3.0)
 
 
 def test_query_without_keys_gives_zero_and_zero_gradients() -> None:
@@ -412,6 +430,7 @@ def kernel_of(mask: Mask, offset: Any = OFFSET, partial_tiles: int | None = None
         Predicate(looked_up) & Causal(),
         Predicate(within_reach),
         Chosen(jnp.asarray(TABLE[0])) & Causal(),
+        Sloped(jnp.asarray(0.7)),
         Predicate(chosen),
         Predicate(by_head) & PerHead([Full(), Full()]),
         Predicate(by_example) & Padding(jnp.asarray(VALID)),
@@ -421,7 +440,8 @@ def kernel_of(mask: Mask, offset: Any = OFFSET, partial_tiles: int | None = None
     ids=[
         "table",
         "captured number",
-        "leaf of one's own",
+        "table of one's own",
+        "float",
         "bools chosen",
         "heads",
         "examples",
@@ -433,6 +453,23 @@ def test_what_a_kernel_cannot_compute_is_written_out(mask: Mask) -> None:
     attention = kernel_of(mask)
     assert attention.kernel.fwd_mask_info.partial_mask_blocks is not None
     assert_told(attention, written_out(mask, OFFSET))
+
+
+def test_masks_of_keys_alone_are_segment_ids_whatever_their_class() -> None:
+    mask = Causal() & ~Kept(jnp.asarray(VALID)) & Dense(jnp.asarray(LEFT_PADDED[:, None, None]))
+    attention = kernel_of(mask)
+    assert attention.segment_ids is not None
+    assert attention.kernel.fwd_mask_info.partial_mask_blocks is None
+    assert_told(attention, written_out(mask, OFFSET))
+
+
+@pytest.mark.parametrize(
+    ("mask", "sizes"), [(Predicate(by_head), {"heads": HEADS}), (Predicate(by_example), {"batch": BATCH})], ids=repr
+)
+def test_numbers_of_examples_and_heads_may_be_told(mask: Mask, sizes: Any) -> None:
+    attention = to_splash(mask, QUERIES, KEYS, offset=OFFSET, block_sizes=MIXED, **sizes)
+    written = mask.dense(QUERIES, KEYS, offset=OFFSET, **sizes)
+    assert_told(attention, np.broadcast_to(np.asarray(written), (BATCH, HEADS, QUERIES, KEYS)))
 
 
 def test_table_traced_in_the_closure_of_a_predicate_is_written_out() -> None:
@@ -449,7 +486,7 @@ def test_partial_tiles_bound_what_is_held_and_an_example_that_has_more_is_nan() 
     ids = jnp.asarray(np.stack([np.arange(KEYS) // 128, np.where(np.arange(KEYS) < 128, np.arange(KEYS) % 2, 1)]))
     mask = ~Segments(ids)
     written = written_out(mask, 0)
-    found = kernel_of(mask, 0, partial_tiles=3)
+    found: Any = kernel_of(mask, 0, partial_tiles=3)
     info: Any = found.kernel.fwd_mask_info
     assert info.partial_mask_blocks.shape[1] == 3
     np.testing.assert_array_equal(np.isnan(found.no_key), [False, True])
@@ -459,8 +496,8 @@ def test_partial_tiles_bound_what_is_held_and_an_example_that_has_more_is_nan() 
 def test_missed_partial_tiles_are_nan() -> None:
     @jax.jit
     def attend(ids: Any) -> Any:
-        how: Any = {"offset": 0, "block_sizes": BLOCKS, "partial_tiles": 1, "interpret": True}
-        return to_splash(~Segments(ids), QUERIES, KEYS, **how)(QUERY, KEY, VALUE)
+        options: Any = {"offset": 0, "block_sizes": BLOCKS, "partial_tiles": 1, "interpret": True}
+        return to_splash(~Segments(ids), QUERIES, KEYS, **options)(QUERY, KEY, VALUE)
 
     assert np.isnan(attend(SHUFFLED)).all()
 
@@ -505,8 +542,8 @@ def run(mask: Any = None, query: Any = QUERY, key: Any = KEY, value: Any = VALUE
     return to_splash(Causal() if mask is None else mask, QUERIES, KEYS, offset=0, block_sizes=BLOCKS)(query, key, value)
 
 
-def build(*lengths: Any, **how: Any) -> Any:
-    return to_splash(Causal(), *lengths, **how)
+def build(*lengths: Any, **options: Any) -> Any:
+    return to_splash(Causal(), *lengths, **options)
 
 
 BAD: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {

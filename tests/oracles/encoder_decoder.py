@@ -10,10 +10,10 @@ import numpy as np
 from flax import nnx
 
 from jaxmask import Causal, Mask, Padding, attention
-from jaxmask.flax.linear import Linear
+from jaxmask.flax.models.layers import Linear
 from torch_compat.models import Architecture, Names, embedding, linear, norm
 
-# Of each layer of the decoder, the keys and values of all positions that there will ever be.
+# For each layer of the decoder, the keys and values of all positions up to the longest answer.
 Buffers = list[tuple[jax.Array, jax.Array]]
 
 
@@ -61,22 +61,22 @@ class Attention(nnx.Module):
     def keys(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         return self.heads(self.key(x)), self.heads(self.value(x))
 
-    def __call__(self, x: jax.Array, keys: tuple[jax.Array, jax.Array], mask: Mask, **how: Any) -> jax.Array:
+    def __call__(self, x: jax.Array, keys: tuple[jax.Array, jax.Array], mask: Mask, **options: Any) -> jax.Array:
         # T5 does not scale: its initialisation does.
-        attended = attention(self.heads(self.query(x)), *keys, mask, scale=1.0, **how)
+        attended = attention(self.heads(self.query(x)), *keys, mask, scale=1.0, **options)
         return self.out(attended.reshape(*x.shape[:2], -1))
 
 
 class Layer(nnx.Module):
     def __init__(self, config: Config, *, crosses: bool, param_dtype: Any, rngs: nnx.Rngs) -> None:
-        how: dict[str, Any] = {"param_dtype": param_dtype, "rngs": rngs}
-        self.self_norm, self.mlp_norm = _norm(config, how), _norm(config, how)
-        self.self_attention = Attention(config, **how)
+        options: dict[str, Any] = {"param_dtype": param_dtype, "rngs": rngs}
+        self.self_norm, self.mlp_norm = _norm(config, options), _norm(config, options)
+        self.self_attention = Attention(config, **options)
         if crosses:
-            self.cross_norm = _norm(config, how)
-            self.cross_attention = Attention(config, **how)
-        self.up = Linear(config.dim, config.hidden_dim, use_bias=False, **how)
-        self.down = Linear(config.hidden_dim, config.dim, use_bias=False, **how)
+            self.cross_norm = _norm(config, options)
+            self.cross_attention = Attention(config, **options)
+        self.up = Linear(config.dim, config.hidden_dim, use_bias=False, **options)
+        self.down = Linear(config.hidden_dim, config.dim, use_bias=False, **options)
 
     def mlp(self, x: jax.Array) -> jax.Array:
         return x + self.down(jax.nn.relu(self.up(self.mlp_norm(x))))
@@ -84,11 +84,11 @@ class Layer(nnx.Module):
 
 class Stack(nnx.Module):
     def __init__(self, config: Config, *, is_decoder: bool, param_dtype: Any, rngs: nnx.Rngs) -> None:
-        how: dict[str, Any] = {"param_dtype": param_dtype, "rngs": rngs}
+        options: dict[str, Any] = {"param_dtype": param_dtype, "rngs": rngs}
         self.config, self.is_decoder = config, is_decoder
-        self.distances = nnx.Embed(config.buckets, config.heads, **how)
-        self.layers = nnx.List([Layer(config, crosses=is_decoder, **how) for _ in range(config.layers)])
-        self.norm = _norm(config, how)
+        self.distances = nnx.Embed(config.buckets, config.heads, **options)
+        self.layers = nnx.List([Layer(config, crosses=is_decoder, **options) for _ in range(config.layers)])
+        self.norm = _norm(config, options)
 
     def bias(self) -> Any:
         """What T5 adds to the scores: a number for each head and distance, and no array of them all."""
@@ -102,11 +102,11 @@ class Stack(nnx.Module):
 
 class T5(nnx.Module):
     def __init__(self, config: Config, *, param_dtype: Any, rngs: nnx.Rngs) -> None:
-        how: dict[str, Any] = {"param_dtype": param_dtype, "rngs": rngs}
+        options: dict[str, Any] = {"param_dtype": param_dtype, "rngs": rngs}
         self.config = config
-        self.words = nnx.Embed(config.vocab_size, config.dim, **how)
-        self.encoder = Stack(config, is_decoder=False, **how)
-        self.decoder = Stack(config, is_decoder=True, **how)
+        self.words = nnx.Embed(config.vocab_size, config.dim, **options)
+        self.encoder = Stack(config, is_decoder=False, **options)
+        self.decoder = Stack(config, is_decoder=True, **options)
 
     def encode(self, tokens: jax.Array, valid: jax.Array) -> jax.Array:
         """``[batch, length, dim]``."""
@@ -141,8 +141,8 @@ class T5(nnx.Module):
         return self.words.attend(self.decoder.norm(x) * self.config.dim**-0.5), filled
 
 
-def _norm(config: Config, how: dict[str, Any]) -> nnx.RMSNorm:
-    return nnx.RMSNorm(config.dim, epsilon=config.epsilon, **how)
+def _norm(config: Config, options: dict[str, Any]) -> nnx.RMSNorm:
+    return nnx.RMSNorm(config.dim, epsilon=config.epsilon, **options)
 
 
 def _config(config: Any) -> tuple[type[T5], Config]:

@@ -23,7 +23,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from jaxmask.flax.encoder import Encoder, EncoderConfig, mean_pool
+from jaxmask.flax import Encoder, EncoderConfig, mean_pool
 from tests.helpers.bad import bad, refusals
 from tests.helpers.tiny import tiny_llama
 from tests.torch_compat.test_models import FOUR, MATRIX, TIED

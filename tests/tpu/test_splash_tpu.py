@@ -26,8 +26,8 @@ def temporaries(
 
     def attend(query: Any, key: Any, value: Any, cotangent: Any, first: Any, *arguments: Any) -> Any:
         def attention(query: Any, key: Any, value: Any) -> Any:
-            how: Any = {"offset": first if offset else 0, "partial_tiles": partial_tiles}
-            return to_splash(mask(*arguments), length, length, **how)(query, key, value)
+            options: Any = {"offset": first if offset else 0, "partial_tiles": partial_tiles}
+            return to_splash(mask(*arguments), length, length, **options)(query, key, value)
 
         output, pull_back = jax.vjp(attention, query, key, value)
         return output, pull_back(cotangent)

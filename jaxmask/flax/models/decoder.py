@@ -1,0 +1,387 @@
+"""A decoder of the Llama family, in one file: a configuration makes it Llama, Mistral, Gemma, Qwen or another.
+
+Each layer is attention and a gated feed-forward network. Both have a root-mean-square norm before them and add to the
+residual stream. :class:`DecoderConfig` says how models differ, :class:`DecoderLayer` how layers differ.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal, NamedTuple, SupportsIndex
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Bool, DTypeLike, Float, Integer
+
+from jaxmask import checks
+from jaxmask.dispatch import Implementation, attention
+from jaxmask.flax.cache import Cache, LayerCache, Step, check_valid, consecutive
+from jaxmask.flax.models.layers import Linear, convert_sizes, embed, project
+from jaxmask.mask import Full, Mask
+from jaxmask.masks import Causal, Chunked, Padding, Segments, SlidingWindow
+
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {"silu": jax.nn.silu, "gelu_tanh": jax.nn.gelu}
+
+
+@dataclass(frozen=True)
+class Llama3Scaling:
+    """How Llama 3.1 stretches rotary embeddings to longer texts: it divides low frequencies by ``factor``.
+
+    Source: ``_compute_llama3_parameters`` in Transformers.
+    """
+
+    factor: float
+    low_frequency_factor: float
+    high_frequency_factor: float
+    original_length: int
+
+    def __call__(self, frequencies: Float[np.ndarray, "pairs"]) -> Float[np.ndarray, "pairs"]:
+        turns = self.original_length * frequencies / (2 * math.pi)
+        smooth = (turns - self.low_frequency_factor) / (self.high_frequency_factor - self.low_frequency_factor)
+        smooth = np.clip(smooth, 0, 1)
+        return (1 - smooth) * frequencies / self.factor + smooth * frequencies
+
+
+@dataclass(frozen=True)
+class Rope:
+    """Rotary position embeddings (https://arxiv.org/abs/2104.09864) that pair the two halves of a head.
+
+    Args:
+        theta: the base of the wavelengths.
+        factor: the number that positions are divided by.
+        scaling: Llama 3's scaling, or ``None``.
+    """
+
+    theta: float = 10_000.0
+    factor: float = 1.0
+    scaling: Llama3Scaling | None = None
+
+    def angles(self, positions: Integer[Array | np.ndarray, "batch q"], dim: int) -> tuple[Array, Array]:
+        """Cosine and sine for heads of size ``dim``, float32 ``[batch, q, 1, dim // 2]``."""
+        # In float32 like PyTorch: at positions in the thousands, the last bit of a frequency matters.
+        exponents = np.arange(0, dim, 2, dtype=np.float32) / np.float32(dim)
+        frequencies = (np.float32(1) / np.power(np.float32(self.theta), exponents)).astype(np.float32)
+        frequencies = frequencies / np.float32(self.factor)
+        if self.scaling is not None:
+            frequencies = self.scaling(frequencies)
+        angles = positions[..., None, None] * jnp.asarray(frequencies, jnp.float32)
+        return jnp.cos(angles), jnp.sin(angles)
+
+
+def rotate(x: Float[Array, "batch q heads dim"], cos: Array, sin: Array) -> Float[Array, "batch q heads dim"]:
+    """Turn each pair of elements, one from each half of the head, by its angle."""
+    first, second = jnp.split(x, 2, -1)
+    return jnp.concatenate((first * cos - second * sin, second * cos + first * sin), -1).astype(x.dtype)
+
+
+@dataclass(frozen=True)
+class DecoderLayer:
+    """What differs from layer to layer.
+
+    Args:
+        window: how many keys a query looks back on, itself included; ``None`` for all.
+        chunk: the size of the chunks that a query does not look beyond; ``None`` for no chunks.
+        rope: the rotary embeddings; ``None`` for a layer without positions.
+        temperature: ``(floor, scale)`` multiplies the query at position ``p`` by
+            ``1 + scale * log(1 + floor((p + 1) / floor))``, as in Llama 4's layers without positions. ``None`` for 1.
+            Transformers counts padding on the left as positions here, so its output for a text depends on the padding.
+
+    Raises:
+        TypeError, ValueError: a window or a chunk is not an integer of at least 1.
+    """
+
+    window: int | None = None
+    chunk: int | None = None
+    rope: Rope | None = Rope()
+    temperature: tuple[float, float] | None = None
+
+    def __post_init__(self) -> None:
+        convert_sizes(self, *(name for name in ("window", "chunk") if getattr(self, name) is not None))
+
+    def mask(self, positions: Integer[Array | np.ndarray, "#batch q"] | None = None) -> Mask:
+        """The keys that a query attends to, for tokens at ``positions``, or at all positions from 0 on."""
+        mask: Mask = Causal()
+        if self.window is not None:
+            mask = mask & SlidingWindow(self.window)
+        if self.chunk is not None:
+            # Chunks count from the start of each document, which may follow padding or another document.
+            mask = mask & (Chunked(self.chunk) if positions is None else Segments(positions.clip(0) // self.chunk))
+        return mask
+
+    @property
+    def looks_back(self) -> int | None:
+        """The most keys that a query attends to; ``None`` for no limit."""
+        return min((size for size in (self.window, self.chunk) if size is not None), default=None)
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """What differs from model to model.
+
+    Args:
+        vocab_size, dim, hidden_dim: the number of tokens, and the widths of the residual stream and the feed-forward.
+        heads, kv_heads, head_dim: the number of heads of queries, the number of heads of keys, and their size.
+        layers: one for each layer.
+        epsilon: added to the mean square by root-mean-square norms.
+        activation: the gate's, ``"silu"`` or ``"gelu_tanh"``.
+        tied: whether the logits use the weights of the token embeddings.
+        qkv_bias, out_bias, hidden_bias: whether the projections to queries, keys and values, the projection from heads,
+            and the feed-forward have a bias.
+        qk_norm: how heads of queries and keys are normed. ``"weighted"`` norms before rotary embeddings (Qwen 3,
+            Gemma 3). ``"plain"`` norms after them, without weights, in layers that have them (Llama 4). ``None`` for
+            no norm.
+        post_norm: whether the outputs of attention and feed-forward are normed too (Gemma).
+        embedding_scale: multiplies the embeddings.
+        attention_scale: multiplies the scores; ``None`` for ``head_dim ** -0.5``.
+        attention_cap, logits_cap: soft caps of the scores and of the logits (Gemma 2); ``None`` for no cap.
+
+    Raises:
+        TypeError: a size is not an integer.
+        ValueError: a size is less than 1, sizes do not fit each other, or a name is unknown.
+    """
+
+    vocab_size: int
+    dim: int
+    hidden_dim: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    layers: tuple[DecoderLayer, ...]
+    epsilon: float = 1e-6
+    activation: Literal["silu", "gelu_tanh"] = "silu"
+    tied: bool = True
+    qkv_bias: bool = False
+    out_bias: bool = False
+    hidden_bias: bool = False
+    qk_norm: Literal["weighted", "plain"] | None = None
+    post_norm: bool = False
+    embedding_scale: float = 1.0
+    attention_scale: float | None = None
+    attention_cap: float | None = None
+    logits_cap: float | None = None
+
+    def __post_init__(self) -> None:
+        convert_sizes(self, "vocab_size", "dim", "hidden_dim", "heads", "kv_heads", "head_dim")
+        if self.heads % self.kv_heads:
+            raise ValueError(f"kv_heads must divide heads, got {self.kv_heads} and {self.heads}")
+        if not self.layers:
+            raise ValueError("layers must hold a DecoderLayer for each layer, got none")
+        if self.head_dim % 2 and any(layer.rope is not None for layer in self.layers):
+            raise ValueError(f"head_dim must be even, for rotary embeddings turn pairs, got {self.head_dim}")
+        if self.activation not in ACTIVATIONS:
+            raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {self.activation!r}")
+        if self.qk_norm not in (None, "weighted", "plain"):
+            raise ValueError(f"qk_norm must be 'weighted', 'plain' or None, got {self.qk_norm!r}")
+
+
+class Context(NamedTuple):
+    """What all layers share in one call: where the tokens are, what the caller masks, and how to attend."""
+
+    positions: Integer[Array | np.ndarray, "#batch q"]
+    mask: Mask
+    step: Step | None
+    implementation: Implementation | None
+
+
+class Norm(nnx.RMSNorm):
+    """nnx's norm, computed in at least float32: bfloat16 would round a scale close to 1, such as Gemma's."""
+
+    def __init__(
+        self, size: int, config: DecoderConfig, param_dtype: DTypeLike, rngs: nnx.Rngs, *, use_scale: bool = True
+    ) -> None:
+        wide = jnp.promote_types(param_dtype, jnp.float32)
+        super().__init__(size, epsilon=config.epsilon, param_dtype=wide, use_scale=use_scale, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "..."], mask: Bool[Array, "..."] | None = None) -> Float[Array, "..."]:
+        return super().__call__(x, mask).astype(x.dtype)
+
+
+class Attention(nnx.Module):
+    """Grouped-query attention with rotary embeddings, over the tokens of the call or over a cache."""
+
+    def __init__(self, config: DecoderConfig, layer: DecoderLayer, param_dtype: DTypeLike, rngs: nnx.Rngs) -> None:
+        self.config, self.layer = config, layer
+        # One product in place of three: on a CPU, the start of each costs time in a decoding step.
+        self.sizes = tuple(config.head_dim * heads for heads in (config.heads, config.kv_heads, config.kv_heads))
+        linear = partial(Linear, param_dtype=param_dtype, rngs=rngs)
+        self.query_key_value = linear(config.dim, sum(self.sizes), use_bias=config.qkv_bias)
+        self.out = linear(self.sizes[0], config.dim, use_bias=config.out_bias)
+        # Without a scale they have no weights, so that a model that does not use them may have them.
+        norm = partial(Norm, config.head_dim, config, param_dtype, rngs, use_scale=config.qk_norm == "weighted")
+        self.query_norm, self.key_norm = norm(), norm()
+
+    def __call__(
+        self, x: Float[Array, "batch q dim"], context: Context, cache: LayerCache | None
+    ) -> tuple[Float[Array, "batch q dim"], LayerCache | None]:
+        config, layer, (positions, mask, step, implementation) = self.config, self.layer, context
+        query, key, value = (
+            part.reshape(*x.shape[:2], -1, config.head_dim)
+            for part in jnp.split(self.query_key_value(x), np.cumsum(self.sizes[:2]), -1)
+        )
+        if config.qk_norm == "weighted":
+            query, key = self.query_norm(query), self.key_norm(key)
+        if layer.rope is not None:
+            cos, sin = layer.rope.angles(positions, config.head_dim)
+            query, key = rotate(query, cos, sin), rotate(key, cos, sin)
+            if config.qk_norm == "plain":
+                query, key = self.query_norm(query), self.key_norm(key)
+        if layer.temperature is not None:
+            floor, slope = layer.temperature
+            # Padding before a text has negative positions, whose logarithm would be NaN.
+            times = 1 + slope * jnp.log1p(jnp.floor((jnp.maximum(positions, 0) + 1) / floor))
+            query = query * times[..., None, None].astype(query.dtype)
+        scale, cap = config.attention_scale, config.attention_cap
+        if cache is None or step is None:
+            mask = mask & layer.mask(positions)
+            out = attention(query, key, value, mask, scale=scale, logits_soft_cap=cap, implementation=implementation)
+        else:
+            new, mask = (query, key, value), layer.mask()
+            out, cache = cache.attend(step, *new, mask, scale=scale, logits_soft_cap=cap, implementation=implementation)
+        return self.out(out.reshape(*x.shape[:2], -1)), cache
+
+
+class FeedForward(nnx.Module):
+    """A gated feed-forward network (https://arxiv.org/abs/2002.05202)."""
+
+    def __init__(self, config: DecoderConfig, param_dtype: DTypeLike, rngs: nnx.Rngs) -> None:
+        linear = partial(Linear, use_bias=config.hidden_bias, param_dtype=param_dtype, rngs=rngs)
+        self.activation = ACTIVATIONS[config.activation]
+        self.gate_up = linear(config.dim, 2 * config.hidden_dim)
+        self.down = linear(config.hidden_dim, config.dim)
+
+    def __call__(self, x: Float[Array, "batch q dim"]) -> Float[Array, "batch q dim"]:
+        gate, up = jnp.split(self.gate_up(x), 2, -1)
+        return self.down(self.activation(gate) * up)
+
+
+class Block(nnx.Module):
+    """One layer: attention and feed-forward."""
+
+    def __init__(self, config: DecoderConfig, layer: DecoderLayer, param_dtype: DTypeLike, rngs: nnx.Rngs) -> None:
+        norm = partial(Norm, config.dim, config, param_dtype, rngs)
+        self.attention_norm = norm()
+        self.attention = Attention(config, layer, param_dtype, rngs)
+        self.attention_post_norm = norm() if config.post_norm else None
+        self.feed_forward_norm = norm()
+        self.feed_forward = FeedForward(config, param_dtype, rngs)
+        self.feed_forward_post_norm = norm() if config.post_norm else None
+
+    def __call__(
+        self, x: Float[Array, "batch q dim"], context: Context, cache: LayerCache | None
+    ) -> tuple[Float[Array, "batch q dim"], LayerCache | None]:
+        out, cache = self.attention(self.attention_norm(x), context, cache)
+        x = x + (out if self.attention_post_norm is None else self.attention_post_norm(out))
+        out = self.feed_forward(self.feed_forward_norm(x))
+        return x + (out if self.feed_forward_post_norm is None else self.feed_forward_post_norm(out)), cache
+
+
+class Decoder(nnx.Module):
+    """A decoder of the Llama family, from tokens to logits.
+
+    Args:
+        config: its sizes and its layers.
+        param_dtype: of the weights, and of the computation. Norms, their scales, and softmax are in float32.
+        rngs: for random weights.
+
+    >>> layers = DecoderLayer(), DecoderLayer(window=4)
+    >>> config = DecoderConfig(16, 8, 16, heads=2, kv_heads=1, head_dim=4, layers=layers)
+    >>> model = Decoder(config, rngs=nnx.Rngs(0))
+    >>> tokens = jnp.array([[3, 1, 4, 1, 5]])
+    >>> logits, cache = model(tokens[:, :4], cache=model.empty_cache(1, 8))
+    >>> logits, cache = model(tokens[:, 4:], cache=cache)
+    >>> bool(jnp.allclose(logits, model(tokens)[0][:, 4:], atol=1e-5))
+    True
+    """
+
+    def __init__(self, config: DecoderConfig, *, param_dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs) -> None:
+        self.config = config
+        self.embedding = nnx.Embed(config.vocab_size, config.dim, param_dtype=param_dtype, rngs=rngs)
+        self.blocks = nnx.List([Block(config, layer, param_dtype, rngs) for layer in config.layers])
+        self.norm = Norm(config.dim, config, param_dtype, rngs)
+        head = partial(Linear, use_bias=False, param_dtype=param_dtype, rngs=rngs)
+        self.head = None if config.tied else head(config.dim, config.vocab_size)
+
+    def empty_cache(self, batch: SupportsIndex, length: SupportsIndex) -> Cache:
+        """A cache for ``batch`` texts of at most ``length`` tokens. It raises as :meth:`Cache.empty` does."""
+        config = self.config
+        windows = [layer.looks_back for layer in config.layers]
+        dtype = self.embedding.embedding.dtype
+        return Cache.empty(batch, length, layers=windows, kv_heads=config.kv_heads, dim=config.head_dim, dtype=dtype)
+
+    def __call__(
+        self,
+        tokens: Integer[Array | np.ndarray, "batch q"],
+        valid: Bool[Array | np.ndarray, "batch q"] | None = None,
+        *,
+        cache: Cache | None = None,
+        mask: Mask | None = None,
+        positions: Integer[Array | np.ndarray, "batch q"] | None = None,
+        last_only: bool = False,
+        implementation: Implementation | None = None,
+    ) -> tuple[Float[Array, "batch #q vocab"], Cache | None]:
+        """The logits for the token after each, and the cache with these tokens.
+
+        Args:
+            tokens: the text, or its continuation if there is a cache. An id outside the vocabulary makes NaN.
+            valid: True for tokens, False for padding on either side; ``None`` if there is no padding.
+            cache: the text so far, from :meth:`empty_cache` or the last call; ``None`` if ``tokens`` is the whole text.
+            mask: restricts each layer's mask, as ``Segments(ids)`` does for packed documents. It needs a call without
+                a cache, because its keys are in the order of ``tokens``.
+            positions: of the tokens, for rotary embeddings and chunks, ``[batch, q]``; ``None`` to count each row's
+                tokens from 0. Padding between tokens is then an error, or makes NaN where ``valid`` is traced.
+            last_only: whether to return the logits after the last token of each row only, ``[batch, 1, vocab]``. A row
+                of padding gives NaN.
+            implementation: as in :func:`jaxmask.attention`.
+
+        Raises:
+            ValueError: shapes do not fit each other, the cache has no room, or ``mask`` or ``positions`` meet a cache.
+            TypeError: an argument has the wrong type or dtype.
+        """
+        checks.array("tokens", tokens, "i", 2)
+        if valid is not None:
+            check_valid(valid, tokens.shape)
+        if cache is not None and len(cache.tokens) != len(tokens):
+            raise ValueError(
+                f"tokens must have as many rows as the cache, {len(cache.tokens)}, got {checks.describe(tokens)}"
+            )
+        if cache is not None and (mask is not None or positions is not None):
+            raise ValueError(
+                "mask and positions need a call without a cache, for a cache knows the positions of its tokens; leave "
+                "them out, or leave the cache out"
+            )
+        step = None if cache is None else cache.step(tokens.shape[1], valid)
+        fits: Array | np.ndarray | None = None
+        if step is not None:
+            positions = step.positions
+        elif positions is None:
+            positions = np.arange(tokens.shape[1], dtype=np.int32)[None]
+            if valid is not None:
+                _, padding, fits = consecutive(valid)
+                positions = positions - padding[:, None]
+        elif checks.array("positions", positions, "i", 2).shape != tokens.shape:
+            raise ValueError(
+                f"positions must have the shape of tokens, {list(tokens.shape)}, got {checks.describe(positions)}; "
+                "leave them out to count the tokens of each row"
+            )
+        mask = Full() if mask is None else mask
+        context = Context(positions, mask if valid is None else mask & Padding(valid), step, implementation)
+        x = embed("tokens", tokens, self.embedding, valid) * self.config.embedding_scale
+        layers: list[LayerCache] = []
+        for i, block in enumerate(self.blocks):
+            x, layer = block(x, context, None if cache is None else cache.layers[i])
+            if layer is not None:
+                layers.append(layer)
+        if last_only and valid is not None:
+            last = tokens.shape[1] - 1 - jnp.argmax(jnp.asarray(valid)[:, ::-1], 1)
+            has_token = jnp.asarray(valid).any(1)[:, None, None]
+            x = jnp.where(has_token, jnp.take_along_axis(x, last[:, None, None], 1), jnp.nan)
+        x = self.norm(x[:, -1:] if last_only else x)
+        if fits is not None:
+            x = jnp.where(fits[:, None, None], x, jnp.nan)
+        logits = project(x, self.embedding.embedding[...]) if self.head is None else self.head(x)
+        if (cap := self.config.logits_cap) is not None:
+            logits = cap * jnp.tanh(logits / cap)
+        return logits, None if step is None else step.end(layers)

@@ -1,0 +1,68 @@
+"""What the models share: linear projections, token embeddings, and the check of sizes."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Bool, DTypeLike, Float, Integer
+
+from jaxmask import checks
+
+
+def project(x: Float[Array, "... in"], weight: Float[Array, "out in"]) -> Float[Array, "... out"]:
+    """``x @ weight.T``, computed with the larger of the two on the left.
+
+    On a CPU, XLA first copies the right operand of a product into the order in which it reads it. A decoding step has
+    few tokens. With the weight on the right, copying it would take twice the time of the product itself.
+    """
+    if x.size // x.shape[-1] >= len(weight):
+        return x @ weight.T
+    return jnp.moveaxis(jnp.tensordot(weight, x, ((1,), (x.ndim - 1,))), 0, -1)
+
+
+class Linear(nnx.Module):
+    """A linear projection whose weight is ``[out, in]``.
+
+    ``nnx.Linear`` has ``[in, out]``. This order makes :func:`project` fast for one token and for many, and a PyTorch
+    checkpoint needs no transposing.
+    """
+
+    def __init__(self, size: int, to: int, *, use_bias: bool = True, param_dtype: DTypeLike, rngs: nnx.Rngs) -> None:
+        initializer = jax.nn.initializers.lecun_normal(in_axis=1, out_axis=0)
+        self.weight = nnx.Param(initializer(rngs.params(), (to, size), param_dtype))
+        self.bias = nnx.Param(jnp.zeros(to, param_dtype)) if use_bias else None
+
+    def __call__(self, x: Float[Array, "... in"]) -> Float[Array, "... out"]:
+        out = project(x, self.weight[...])
+        return out if self.bias is None else out + self.bias[...]
+
+
+def embed(
+    name: str,
+    ids: Integer[Array | np.ndarray, "batch q"],
+    table: nnx.Embed,
+    valid: Bool[Array | np.ndarray, "batch q"] | None,
+) -> Float[Array, "batch q dim"]:
+    """The embedding of each id. An id outside the table gives NaN, except at padding.
+
+    Raises:
+        ValueError: an id does not fit an int32. The message calls the ids ``name``.
+    """
+    checks.fits_int32(name, ids)
+    ids = jnp.asarray(ids).astype(jnp.int32)
+    clipped = ids.clip(0, table.num_embeddings - 1)
+    is_unknown = ids != clipped
+    if valid is not None:
+        is_unknown = is_unknown & valid
+    return jnp.where(is_unknown[..., None], jnp.nan, table(clipped))
+
+
+def convert_sizes(config: object, *names: str) -> None:
+    """Make these fields of a frozen dataclass Python ints of at least 1.
+
+    Raises:
+        TypeError: a size is not an integer.
+        ValueError: a size is less than 1.
+    """
+    for name in names:
+        object.__setattr__(config, name, checks.integer(name, getattr(config, name), 1))
