@@ -19,7 +19,7 @@ QueryPositions = Int[Array | np.ndarray, "q"] | Int[Array | np.ndarray, "#batch 
 KeyPositions = Int[Array | np.ndarray, "kv"] | Int[Array | np.ndarray, "#batch kv"]
 
 # Positions lie between -LIMIT and LIMIT, so that the difference of two of them fits an int32.
-LIMIT = 2**30
+LIMIT = 2**30 - 1
 
 
 class Extent(NamedTuple):
