@@ -57,7 +57,7 @@ def tokamax_lacks(call: Call) -> list[str]:
 def tokamax(call: Call) -> Any:
     """By ``tokamax.dot_product_attention``, which chooses among its own kernels."""
     from absl import flags
-    from tokamax import dot_product_attention
+    from tokamax import dot_product_attention  # pyright: ignore[reportMissingTypeStubs]
 
     # Else tokamax parses the arguments of the program for its own flags, and fails on those it does not know.
     if not flags.FLAGS.is_parsed():
