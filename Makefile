@@ -12,7 +12,7 @@ LATEST_PYTHON = $(firstword $(foreach python, \
   $(shell $(python) -c 'import sys; print(sys.executable)' 2>/dev/null)))
 LATEST := .venv-latest/bin
 # The tests that need neither PyTorch nor Transformers.
-LATEST_TESTS := $(addprefix tests/core/test_,export.py mask_laws.py new_leaf.py split.py tiles.py) \
+LATEST_TESTS := $(addprefix tests/core/test_,$(addsuffix .py,description direction export indices mask_laws new_leaf positions split tiles)) \
   tests/kernels tests/flax/test_bad_flax.py tests/flax/test_cache.py jaxmask
 
 # What the fast tests leave to `make test`.

@@ -33,14 +33,14 @@ def integer(name: str, value: object, minimum: int, maximum: int = INT32_MAX) ->
         hint = "; it is static, so that its value must be known while tracing" if is_traced(value) else ""
         raise TypeError(f"{name} must be a Python int, got {describe(value)}{hint}") from None
     if not minimum <= number <= maximum:
-        raise ValueError(f"{name} must be at least {minimum} and {_limit(maximum)}, got {number}")
+        raise ValueError(f"{name} must {_limit(minimum, maximum)}, got {number}")
     return number
 
 
-def _limit(maximum: int) -> str:
-    return (
-        "fit an int32" if maximum == INT32_MAX else f"at most {maximum}, for differences of positions to fit an int32"
-    )
+def _limit(minimum: int, maximum: int) -> str:
+    if maximum < INT32_MAX:
+        return f"be at least {minimum} and at most {maximum}, for differences of positions to fit an int32"
+    return "fit an int32" if minimum == -INT32_MAX else f"be at least {minimum} and fit an int32"
 
 
 def scalar(name: str, value: Any, minimum: int, maximum: int = INT32_MAX, ranks: tuple[int, ...] = (0,)) -> Any:
@@ -55,8 +55,7 @@ def int32(name: str, value: Any, minimum: int, maximum: int = INT32_MAX) -> Any:
     if isinstance(value, np.ndarray):
         if value.size and not minimum <= value.min() <= value.max() <= maximum:
             raise ValueError(
-                f"{name} must be at least {minimum} and {_limit(maximum)}, got {describe(value)} from {value.min()} to "
-                f"{value.max()}"
+                f"{name} must {_limit(minimum, maximum)}, got {describe(value)} from {value.min()} to {value.max()}"
             )
     elif isinstance(value, jax.Array) and jnp.iinfo(value.dtype).max > INT32_MAX:
         value = value.clip(max(-INT32_MAX, int(jnp.iinfo(value.dtype).min)), INT32_MAX)

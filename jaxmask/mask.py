@@ -93,7 +93,7 @@ class Mask(Description):
         Raises:
             ValueError: the lengths differ and nothing says how they are aligned; ``offset`` and ``query_positions`` are
                 both given; a length is not positive, or does not match an array in the mask; a position is known to be
-                beyond ±2**30 or beyond an array.
+                beyond ±(2**30 - 1) or beyond an array.
             TypeError: a length is not a Python int, or positions are not integers.
 
         >>> from jaxmask import Causal, SlidingWindow

@@ -19,7 +19,7 @@ QueryPositions = Integer[Array | np.ndarray, "q"] | Integer[Array | np.ndarray, 
 KeyPositions = Integer[Array | np.ndarray, "kv"] | Integer[Array | np.ndarray, "#batch kv"]
 
 # Positions lie between -LIMIT and LIMIT, so that the difference of two of them fits an int32.
-LIMIT = 2**30
+LIMIT = 2**30 - 1
 
 
 class Extent(NamedTuple):

@@ -11,6 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = {"README.md": README, "docs/contributing.md": (ROOT / "docs/contributing.md").read_text(encoding="utf-8")}
 COMMANDS = re.findall(r"^\$ (jaxmask .*)\n((?:(?!\$ |```).*\n)*)", README, flags=re.MULTILINE)
 
 
@@ -26,10 +27,11 @@ def test_tensors_and_block_masks_need_torch_alone(module: str) -> None:
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-def test_readme_sessions_give_what_they_show() -> None:
-    session = "\n".join(re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL))
-    test = doctest.DocTestParser().get_doctest(session, {}, "README", "README.md", 0)
-    assert len(test.examples) > 10
+@pytest.mark.parametrize("page", PAGES)
+def test_readme_sessions_give_what_they_show(page: str) -> None:
+    session = "\n".join(re.findall(r"```python\n(.*?)```", PAGES[page], flags=re.DOTALL))
+    test = doctest.DocTestParser().get_doctest(session, {}, page, page, 0)
+    assert len(test.examples) >= 10
     assert doctest.DocTestRunner().run(test).failed == 0
 
 

@@ -99,6 +99,8 @@ def splash(call: Call) -> Array:
             call.query.shape[1],
             call.key.shape[1],
             offset=call.positions.start,
+            batch=call.query.shape[0],
+            heads=call.query.shape[2],
             attn_logits_soft_cap=call.logits_soft_cap,
             interpret=interpret,
         )

@@ -685,7 +685,7 @@ BAD: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "transposed-short": (
         lambda: lib.Transposed(Padding(VALID)).dense(1, 9, offset=5),
         ValueError,
-        r"5 positions of queries.*up to position 5",
+        r"Transposed takes queries for keys.*ends at position 4.*positions 5 to 5",
     ),
     "blocks-numbers": (lambda: lib.Blocks(IDS, 4), TypeError, r"allowed must be bool, got int32"),
     "blocks-of-nothing": (lambda: lib.Blocks(VALID, 0), ValueError, r"size must be at least 1.*got 0"),
