@@ -81,35 +81,32 @@ def _read(
     if 0 in unknown and any(np.ndim(array) > 0 for array in jax.tree.leaves((mask, at))):
         unknown.remove(0)
     b, h = iota(sizes[0] or batch, 0), iota(sizes[1] or heads, 1)
+    answers = look(b, h)
     if unknown and not all(part.shape_is_complete for part in mask.parts()):
-        answers = _independent(look, b, h, unknown)
-        if answers is None:
-            names = [("batch", "heads")[axis] for axis in unknown if _independent(look, b, h, [axis]) is None]
+        names = [("batch", "heads")[axis] for axis in unknown if _depends(look, b, h, axis)]
+        if names:
             raise ValueError(
                 f"{mask!r} looks at its index of {' and '.join(names)}, but nothing says how many there are: give the "
                 f"size, as by Predicate(fn, {names[0]}=…) or by {names[0]}= where the mask is read, or combine it with "
                 "a mask that has it"
             )
-    else:
-        answers = look(b, h)
     shapes = [np.shape(part) for part in answers if np.ndim(part) == 4]
     return answers, common(batch, *(shape[0] for shape in shapes)), common(heads, *(shape[1] for shape in shapes))
 
 
-def _independent(look: Callable[[Any, Any], tuple[Allowed, ...]], b: Any, h: Any, axes: list[int]) -> Any:
-    """``look(b, h)``, or ``None`` where it depends on the index along one of these axes of size 1.
+def _depends(look: Callable[[Any, Any], tuple[Allowed, ...]], b: Any, h: Any, axis: int) -> bool:
+    """Whether ``look(b, h)`` depends on one of its indices: ``vmap`` over the index then makes a batch of answers."""
+    indices = [b, h]
 
-    It depends on an index where a batch of indices makes a batch of answers, which ``vmap`` knows.
-    """
-
-    def answer(*indices: Any) -> tuple[Allowed, ...]:
-        return look(*(indices[axes.index(axis)] if axis in axes else index for axis, index in enumerate((b, h))))
+    def answer(index: Any) -> tuple[Allowed, ...]:
+        indices[axis] = index
+        return look(*indices)
 
     try:
-        return jax.vmap(answer, out_axes=None)(*[np.zeros((1, 1, 1, 1, 1), np.int32)] * len(axes))
+        jax.eval_shape(jax.vmap(answer, out_axes=None), np.zeros((1, 1, 1, 1, 1), np.int32))
     except ValueError:
-        look(b, h)  # an error of the mask itself is raised as it is
-        return None
+        return True
+    return False
 
 
 def _as_bool(mask: Description, allowed: Any) -> Allowed:

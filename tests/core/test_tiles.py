@@ -307,9 +307,11 @@ def test_a_thousand_decode_steps_find_their_tiles_by_one_program() -> None:
         return kv.min <= q.max, False
 
     mask = Predicate(lambda b, h, q, kv: kv <= q, bounds=bounds) & SlidingWindow(jnp.asarray(64))
-    for t in range(1000):
+    mask.tiles(1, 1000, block=(1, 128), offset=0)
+    once = len(traces)
+    for t in range(1, 1000):
         mask.tiles(1, 1000, block=(1, 128), offset=t)
-    assert len(traces) == 1
+    assert len(traces) == once > 0
 
 
 # What it costs: nothing on the device where all is static, and never an element for each pair.
