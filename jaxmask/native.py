@@ -57,7 +57,8 @@ class Native:
         if self.left is not None:
             start = jnp.maximum(start, q - jnp.minimum(self.left, LIMIT))
         if self.right is not None:
-            end = jnp.minimum(end, q + jnp.minimum(self.right, LIMIT - 1) + 1)
+            # The limit is at most the distance to the last key, so that the sum fits an int32.
+            end = jnp.minimum(end, q + jnp.minimum(self.right, end - q) + 1)
         if self.length is not None:
             end = jnp.minimum(end, by_example(self.length, b))
         if self.interval is not None:

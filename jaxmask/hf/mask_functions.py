@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Int, Shaped
+from jaxtyping import Array, Bool, Int, Integer, Shaped
 
 from jaxmask import checks
 from jaxmask.description import is_beyond
@@ -30,7 +30,8 @@ from jaxmask.tiles import Bounds, Span
 MaskMod = Callable[[Any, Any, Any, Any], Any] | Mask
 # A 0/1 mask: bool, integer or float; JAX or NumPy.
 Mask2D = Shaped[Array | np.ndarray, "batch keys"]
-Ids = Int[Array | np.ndarray, "batch positions"]
+Ids = Integer[Array | np.ndarray, "batch positions"]
+LeftPadding = Integer[Array | np.ndarray, "batch"] | int
 
 
 @dataclass(frozen=True)
@@ -268,7 +269,7 @@ def sliding_window_overlay(sliding_window: int) -> MaskFunction:
     return MaskFunction(Window(checks.integer("sliding_window", sliding_window, minimum=1) - 1, None))
 
 
-def chunked_overlay(chunk_size: int, left_padding: Int[Array | np.ndarray, "batch"] | int) -> MaskFunction:
+def chunked_overlay(chunk_size: int, left_padding: LeftPadding) -> MaskFunction:
     """The keys in the query's chunk. The first chunk begins after ``left_padding`` tokens, an int or ``[batch]``.
 
     >>> chunked_overlay(2, jnp.array([1]))(0, 0, 2, jnp.arange(4))
@@ -316,7 +317,9 @@ def sliding_window_bidirectional_mask_function(sliding_window: int) -> MaskFunct
     return and_masks(sliding_window_bidirectional_overlay(sliding_window), bidirectional_mask_function)
 
 
-def chunked_causal_mask_function(chunk_size: int, left_padding: Int[Array | np.ndarray, "batch"] | int) -> MaskFunction:
+def chunked_causal_mask_function(
+    chunk_size: int, left_padding: Integer[Array | np.ndarray, "batch"] | int
+) -> MaskFunction:
     """The keys in the query's chunk, up to the query itself: a causal :func:`chunked_overlay`."""
     return and_masks(chunked_overlay(chunk_size, left_padding), causal_mask_function)
 

@@ -23,7 +23,7 @@ from typing import Any, Literal, TypeVar, cast
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int, Shaped
+from jaxtyping import Array, Integer, Shaped
 
 from jaxmask import checks
 from jaxmask.hf.mask_functions import (
@@ -100,8 +100,8 @@ __all__ = [
 
 Mask4D = Shaped[Array | np.ndarray, "batch heads q keys"]
 Embeds = Shaped[Array | np.ndarray, "batch q ..."]
-PositionIds = Int[Array | np.ndarray, "#batch q"]
-BlockIds = Int[Array | np.ndarray, "#batch positions"]
+PositionIds = Integer[Array | np.ndarray, "#batch q"]
+BlockIds = Integer[Array | np.ndarray, "#batch positions"]
 # What an attention implementation takes: bools, an additive mask, the 2D mask itself, or tiles.
 Prepared = Shaped[Array | np.ndarray, "..."] | TileMap
 

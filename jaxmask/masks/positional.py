@@ -10,7 +10,7 @@ from jaxmask import checks
 from jaxmask.indices import Allowed, Index, by_example
 from jaxmask.mask import Mask
 from jaxmask.native import Native
-from jaxmask.positions import LIMIT, Scalar
+from jaxmask.positions import Scalar
 from jaxmask.spans import Bounds, Span, share
 
 
@@ -164,7 +164,7 @@ class Chunked(Mask):
         def interval(b: Index, q: Index) -> tuple[Any, Any]:
             before = (q % self.size - by_example(self.start, b) % self.size) % self.size
             # Summed from the right, for no part of it may exceed an int32.
-            return q - before, q + jnp.minimum(self.size - before, LIMIT)
+            return q - before, q + jnp.minimum(self.size - before, checks.INT32_MAX - jnp.maximum(q, 0))
 
         return Native(interval=interval)
 

@@ -3,7 +3,7 @@
 from typing import Any
 
 import numpy as np
-from jaxtyping import Array, Int
+from jaxtyping import Array, Integer
 
 from jaxmask import checks
 from jaxmask.indices import Allowed, Index, common, inside, lookup
@@ -99,7 +99,7 @@ class Reordered(Mask):
     """
 
     mask: Mask
-    positions: Int[Array | np.ndarray, "batch length"]
+    positions: Integer[Array | np.ndarray, "batch length"]
 
     shape_is_complete = True
 

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 import numpy as np
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Bool, Integer
 
 from jaxmask import checks
 from jaxmask.indices import inside, library
@@ -14,7 +14,7 @@ from jaxmask.zoo.coordinates import Axis, Reordered
 from jaxmask.zoo.tables import Blocks
 
 
-def document(mask: Mask, segment_ids: Int[Array | np.ndarray, "batch length"]) -> Mask:
+def document(mask: Mask, segment_ids: Integer[Array | np.ndarray, "batch length"]) -> Mask:
     """``mask`` within each of several documents that are packed into a row, at positions that count from its start.
 
     Causal masks and windows read only how far a key is from a query. For these, ``mask & Segments(segment_ids)`` says
@@ -53,7 +53,7 @@ def document(mask: Mask, segment_ids: Int[Array | np.ndarray, "batch length"]) -
 
 
 def shared_prefix(
-    segment_ids: Int[Array | np.ndarray, "batch length"], prefix_ids: Int[Array | np.ndarray, "batch documents"]
+    segment_ids: Integer[Array | np.ndarray, "batch length"], prefix_ids: Integer[Array | np.ndarray, "batch documents"]
 ) -> Mask:
     """Packed documents that continue others: causal within a document, and all of its prefix before it.
 
@@ -118,7 +118,7 @@ def batchify(mask: Mask, batchify_size: Scalar) -> Mask:
 
 
 def jetspec_tree(
-    prefix_length: Scalar | Int[Array | np.ndarray, "_"],
+    prefix_length: Scalar | Integer[Array | np.ndarray, "_"],
     ancestors: Bool[Array | np.ndarray, "nodes nodes"] | Bool[Array | np.ndarray, "_ heads nodes nodes"],
 ) -> Mask:
     """A tree of drafted tokens after a prefix: a node attends to the prefix, to its ancestors and to itself.

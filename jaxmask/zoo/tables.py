@@ -3,7 +3,7 @@
 from typing import Any
 
 import numpy as np
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Bool, Integer
 
 from jaxmask import checks
 from jaxmask.indices import Allowed, Index, by_example, common, inside, lookup
@@ -39,7 +39,7 @@ class Blocks(Mask):
 
     allowed: Bool[Array | np.ndarray, "q_blocks kv_blocks"] | Bool[Array | np.ndarray, "_ heads q_blocks kv_blocks"]
     size: Scalar
-    start: Scalar | Int[Array | np.ndarray, "_"] = 0
+    start: Scalar | Integer[Array | np.ndarray, "_"] = 0
 
     shape_is_complete = True
 
@@ -105,8 +105,8 @@ class Between(Mask):
      [1 0]]
     """
 
-    start: Int[Array | np.ndarray, "batch kv"]
-    end: Int[Array | np.ndarray, "batch kv"]
+    start: Integer[Array | np.ndarray, "batch kv"]
+    end: Integer[Array | np.ndarray, "batch kv"]
 
     keys_by_index, shape_is_complete = True, True
 

@@ -4,7 +4,7 @@ from typing import SupportsIndex
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int, Shaped
+from jaxtyping import Array, Int, Integer, Shaped
 
 from jaxmask import checks
 from jaxmask.indices import library
@@ -15,7 +15,7 @@ from jaxmask.zoo.coordinates import Axis, both_ways
 from jaxmask.zoo.tables import Blocks
 
 
-def prefix_lm(prefix_length: Scalar | Int[Array | np.ndarray, "batch"]) -> Mask:
+def prefix_lm(prefix_length: Scalar | Integer[Array | np.ndarray, "batch"]) -> Mask:
     """A prefix that all attend to, and causal attention after it.
 
     Source: T5, https://arxiv.org/abs/1910.10683; attn-gym's ``generate_prefix_lm_mask``.
@@ -52,7 +52,7 @@ def streaming_llm(start_size: Scalar, recent_size: Scalar) -> Mask:
 
 
 def ring_positions(
-    size: SupportsIndex, length: Scalar | Int[Array | np.ndarray, "batch"]
+    size: SupportsIndex, length: Scalar | Integer[Array | np.ndarray, "batch"]
 ) -> Int[Array, "size"] | Int[Array, "batch size"]:
     """The ``key_positions`` of a ring buffer of ``size`` slots, into which ``length`` tokens were written in turn.
 
@@ -151,7 +151,7 @@ def longformer(
     return dilated_sliding_window(reach, dilation) | both_ways(Padding(is_global))
 
 
-def bigbird(random_blocks: Int[Array | np.ndarray, "heads middle_blocks random"], block_size: Scalar) -> Mask:
+def bigbird(random_blocks: Integer[Array | np.ndarray, "heads middle_blocks random"], block_size: Scalar) -> Mask:
     """Blocks that attend to their neighbours, to the first, to the last, and to some at random; the ends, to all.
 
     Source: BigBird, https://arxiv.org/abs/2007.14062, and ``bigbird_block_sparse_attention`` in Transformers, where the

@@ -3,7 +3,7 @@
 from typing import SupportsIndex
 
 import numpy as np
-from jaxtyping import Array, Int
+from jaxtyping import Array, Integer
 
 from jaxmask import checks
 from jaxmask.mask import Mask
@@ -13,7 +13,9 @@ from jaxmask.zoo.coordinates import Axis, Transposed, both_ways
 from jaxmask.zoo.tables import Between, Blocks
 
 
-def gemma3(block_sequence_ids: Int[Array | np.ndarray, "batch length"], sliding_window: Scalar | None = None) -> Mask:
+def gemma3(
+    block_sequence_ids: Integer[Array | np.ndarray, "batch length"], sliding_window: Scalar | None = None
+) -> Mask:
     """Text that attends causally, and images within which every token attends to every other.
 
     Source: Gemma 3, https://arxiv.org/abs/2503.19786, and ``blockwise_overlay`` in Transformers' ``masking_utils``.
@@ -39,7 +41,7 @@ def gemma3(block_sequence_ids: Int[Array | np.ndarray, "batch length"], sliding_
 
 
 def vision_cross_attention(
-    intervals: Int[Array | np.ndarray, "batch images 2"], image_token_length: SupportsIndex
+    intervals: Integer[Array | np.ndarray, "batch images 2"], image_token_length: SupportsIndex
 ) -> Mask:
     """Cross attention from text to images: an interval of the text attends to each image.
 
@@ -126,10 +128,10 @@ def svg_temporal_head(
 
 
 def vsa(
-    topk_indices: Int[Array | np.ndarray, "batch heads q_tiles top_k"],
+    topk_indices: Integer[Array | np.ndarray, "batch heads q_tiles top_k"],
     tile_numel: SupportsIndex,
     num_kv_tiles: SupportsIndex,
-    variable_block_sizes: Int[Array | np.ndarray, "#batch kv_tiles"] | None = None,
+    variable_block_sizes: Integer[Array | np.ndarray, "#batch kv_tiles"] | None = None,
 ) -> Mask:
     """Video sparse attention: each tile of queries attends to the tiles of keys that were chosen for it.
 
