@@ -1,9 +1,10 @@
 """Which implementation attention takes, why, and what it costs."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from jaxmask import checks
 from jaxmask.dispatch import FUSED, LACKS, Implementation, choose
@@ -106,6 +107,9 @@ def explain(
     dense_bytes = ends + batch * key_length * kv_heads * (dim + dim_v) * itemsize + 2 * 4 * dense_pairs
     sparsity = pairs = moved = None
     if not any(map(checks.is_traced, jax.tree.leaves((call.mask, call.positions)))):
+        # The program of attention has every array as its argument, NumPy's too.
+        mask, positions = jax.tree.map(jnp.asarray, (call.mask, call.positions))
+        call = replace(call, mask=mask, positions=positions)
         sparsity = float(call.tiles((128, 128)).sparsity)
         ranges, queries, keys = key_ranges_of(call)
         sharing = batch * heads // (ranges.range_count.shape[0] * ranges.range_count.shape[1])

@@ -5,6 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 import torch
 
 import jaxmask
@@ -1021,6 +1022,7 @@ TABLE = [
 test_bad_input_is_refused = refusals(TABLE)
 
 
+@pytest.mark.breaks_annotations
 def test_the_hint_of_an_additive_bias_is_for_masks_only() -> None:
     message = refusal(lambda: Causal().dense(2, 2, offset=jnp.zeros(())), TypeError)
     assert "additive bias" not in message

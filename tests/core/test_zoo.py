@@ -734,6 +734,7 @@ BAD: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
 }
 
 
+@pytest.mark.breaks_annotations
 @pytest.mark.parametrize(("call", "error", "says"), BAD.values(), ids=BAD.keys())
 def test_bad_input_is_refused(call: Callable[[], Any], error: type[Exception], says: str) -> None:
     with pytest.raises(error, match=says):

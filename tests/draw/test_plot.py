@@ -202,6 +202,7 @@ def test_a_character_that_the_usual_font_lacks_is_taken_from_another() -> None:
     assert labels_of(figure, "x") == {0: character, 1: "\\U000f0000"}
 
 
+@pytest.mark.breaks_annotations
 @pytest.mark.parametrize(
     ("arguments", "error", "problem"),
     [

@@ -103,6 +103,7 @@ def test_names(text: str, mask: Mask) -> None:
     assert parse_mask(text) == mask
 
 
+@pytest.mark.breaks_annotations
 @pytest.mark.parametrize(
     ("text", "column", "problem"),
     [
@@ -171,6 +172,7 @@ def test_an_error_in_a_long_text_shows_what_is_around_it(depth: int) -> None:
     assert len(shown) < 90
 
 
+@pytest.mark.breaks_annotations
 def test_only_text_is_parsed() -> None:
     with pytest.raises(TypeError, match="text must be a str, got a Causal"):
         parse_mask(Causal())  # pyright: ignore[reportArgumentType]
@@ -382,6 +384,7 @@ def test_a_console_without_room_is_refused() -> None:
         drawn(Causal(), 1, offset=1000, width=6)
 
 
+@pytest.mark.breaks_annotations
 @pytest.mark.parametrize("name", ["offset", "key_positions"])
 def test_bad_positions_are_refused_by_name(name: str) -> None:
     with pytest.raises(TypeError, match=f"{name} must be"):
@@ -393,12 +396,14 @@ def test_alignment_is_not_guessed() -> None:
         drawn(Causal(), 2, 3)
 
 
+@pytest.mark.breaks_annotations
 @pytest.mark.parametrize("block", [0, (4, 0), (4, 4, 4), "4"])
 def test_a_block_that_is_none_is_refused(block: Any) -> None:
     with pytest.raises((TypeError, ValueError), match="block must be"):
         drawn(Causal(), 8, block=block)
 
 
+@pytest.mark.breaks_annotations
 def test_only_masks_are_drawn() -> None:
     with pytest.raises(TypeError, match=re.escape("mask must be a Mask, got bool[3, 3]; wrap it in Dense")):
         show(jnp.ones((3, 3), bool), 3)  # pyright: ignore[reportArgumentType]

@@ -28,6 +28,7 @@ def bad(name: str, call: Callable[..., object], error: type[Exception], *says: s
 def refusals(table: Sequence[Bad]) -> Callable[[Bad, bool], None]:
     """The test of a table."""
 
+    @pytest.mark.breaks_annotations
     @pytest.mark.parametrize("is_traced", [False, True], ids=["called", "traced"])
     @pytest.mark.parametrize("row", table, ids=[row.name for row in table])
     def test(row: Bad, is_traced: bool) -> None:

@@ -596,12 +596,14 @@ BAD: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
 }
 
 
+@pytest.mark.breaks_annotations
 @pytest.mark.parametrize(("call", "error", "says"), BAD.values(), ids=BAD)
 def test_bad_input_is_refused(call: Callable[[], Any], error: type[Exception], says: str) -> None:
     with pytest.raises(error, match=says):
         jax.eval_shape(call)
 
 
+@pytest.mark.breaks_annotations
 @pytest.mark.parametrize(
     ("argument", "call"),
     [
