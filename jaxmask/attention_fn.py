@@ -47,11 +47,11 @@ def make_attention_fn(
     """
 
     def attention_fn(
-        query: Float[Array, "..."],
-        key: Float[Array, "..."],
-        value: Float[Array, "..."],
-        bias: Float[Array, "..."] | None = None,
-        mask: Shaped[Array, "..."] | None = None,
+        query: Float[Array | np.ndarray, "..."],
+        key: Float[Array | np.ndarray, "..."],
+        value: Float[Array | np.ndarray, "..."],
+        bias: Float[Array | np.ndarray, "..."] | None = None,
+        mask: Shaped[Array | np.ndarray, "..."] | None = None,
         *,
         broadcast_dropout: bool = True,
         dropout_rng: Array | None = None,
@@ -119,7 +119,7 @@ def _of_call(mask: Bool[Array, "batch heads q kv"], offset: Offset | None) -> Ma
     return Dense(mask, offset=offset)
 
 
-def _flat(array: Array, batch: tuple[int, ...]) -> Array:
+def _flat(array: Array | np.ndarray, batch: tuple[int, ...]) -> Any:
     """``[*batch, heads, q, kv]`` with one axis for the batch."""
     if array.ndim < 3 or (array.ndim <= 4 and len(batch) == 1):
         return indices.as_4d(array)

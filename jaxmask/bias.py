@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, DTypeLike, Float, Shaped
 from jaxmask import checks
 
 
-def from_allowed(allowed: Bool[Array, "*shape"], dtype: DTypeLike = jnp.float32) -> Float[Array, "*shape"]:
+def from_allowed(allowed: Bool[Array | np.ndarray, "*shape"], dtype: DTypeLike = jnp.float32) -> Float[Array, "*shape"]:
     """The additive bias of a boolean mask: ``0`` where ``allowed``, ``finfo(dtype).min`` elsewhere, exactly those bits.
 
     The minimum and not ``-inf``, so that a row with nothing to attend to gives a uniform softmax and no NaN; the
@@ -52,7 +52,9 @@ def _is_one(mask: Shaped[Array, "*shape"], dtype: DTypeLike) -> Bool[Array, "*sh
     return mask.astype(dtype) == 1
 
 
-def unmask_unattended(expanded_mask: Float[Array, "..."], min_dtype: float | None = None) -> Float[Array, "..."]:
+def unmask_unattended(
+    expanded_mask: Float[Array | np.ndarray, "..."], min_dtype: float | None = None
+) -> Float[Array, "..."]:
     """Rows with nothing to attend to become zero, so that they attend to everything.
 
     For kernels that give NaN on such rows, as PyTorch's memory-efficient attention did (pytorch#110213). The semantics,
@@ -87,7 +89,9 @@ def unmask_unattended(expanded_mask: Float[Array, "..."], min_dtype: float | Non
 
 
 @jax.jit
-def _unmask_unattended(expanded_mask: Float[Array, "..."], min_dtype: float | Array) -> Float[Array, "..."]:
+def _unmask_unattended(
+    expanded_mask: Float[Array | np.ndarray, "..."], min_dtype: float | Array
+) -> Float[Array, "..."]:
     unattended = jnp.all(expanded_mask == min_dtype, axis=-1, keepdims=True)
     # Not `expanded_mask * attended`: XLA may turn that into a select of +0.0, and the sign is lost.
     return jnp.where(unattended, expanded_mask * 0, expanded_mask)

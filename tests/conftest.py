@@ -18,15 +18,8 @@ from hypothesis import HealthCheck, settings
 from jaxtyping import config, install_import_hook
 
 # Before anything imports the library: its annotations are checked in every call of these tests. An int is a float.
-# Not those of torch_compat: PyTorch compiles some of its functions and cannot compile the checks. Not those of flax:
-# its pytrees are rebuilt with anything in the place of an array.
-ROOMS = (
-    *("attention_fn", "bias", "checks", "description", "dispatch", "draw", "explanation", "hf", "indices", "kernels"),
-    *("mask", "masks", "native", "parse", "positions", "reading", "spans", "tiles", "zoo"),
-)
-install_import_hook(
-    [f"jaxmask.{room}" for room in ROOMS], "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"
-)
+# Not those of torch_compat: PyTorch compiles some of its functions and cannot compile the checks.
+install_import_hook("jaxmask", "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))")
 
 always: dict[str, Any] = {
     "deadline": None,

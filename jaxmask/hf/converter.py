@@ -287,7 +287,7 @@ def create_4d_causal_attention_mask(
 def prepare_4d_causal_attention_mask(
     attention_mask: Mask2D | Mask4D | None,
     input_shape: Sequence[int],
-    inputs_embeds: Float[Array, "batch q ..."],
+    inputs_embeds: Float[Array | np.ndarray, "batch q ..."],
     past_key_values_length: PastLength,
     sliding_window: int | None = None,
     *,
@@ -349,7 +349,7 @@ def prepare_4d_causal_attention_mask(
 def prepare_4d_causal_attention_mask_for_sdpa(
     attention_mask: Mask2D | Mask4D | None,
     input_shape: Sequence[int],
-    inputs_embeds: Float[Array, "batch q ..."],
+    inputs_embeds: Float[Array | np.ndarray, "batch q ..."],
     past_key_values_length: PastLength,
     sliding_window: int | None = None,
     *,

@@ -14,6 +14,7 @@ that makes it runs. Each function is documented at the function in :mod:`jaxmask
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 from jaxtyping import Array, DTypeLike, Float, Shaped
 
 from jaxmask import bias
@@ -69,14 +70,14 @@ class AttentionMaskConverter:
         return converter.expand_mask(mask, tgt_len, dtype=dtype)
 
     @staticmethod
-    def _unmask_unattended(expanded_mask: Float[Array, "..."], min_dtype: float) -> Float[Array, "..."]:
+    def _unmask_unattended(expanded_mask: Float[Array | np.ndarray, "..."], min_dtype: float) -> Float[Array, "..."]:
         """See :func:`jaxmask.unmask_unattended`."""
         return bias.unmask_unattended(expanded_mask, min_dtype)
 
     @staticmethod
     def _ignore_causal_mask_sdpa(
         attention_mask: Mask2D | Mask4D | None,
-        inputs_embeds: Shaped[Array, "batch q ..."],
+        inputs_embeds: Shaped[Array | np.ndarray, "batch q ..."],
         past_key_values_length: int,
         sliding_window: int | None = None,
         is_training: bool = False,
@@ -90,7 +91,7 @@ class AttentionMaskConverter:
 def _prepare_4d_causal_attention_mask(
     attention_mask: Mask2D | Mask4D | None,
     input_shape: Sequence[int],
-    inputs_embeds: Float[Array, "batch q ..."],
+    inputs_embeds: Float[Array | np.ndarray, "batch q ..."],
     past_key_values_length: int,
     sliding_window: int | None = None,
 ) -> Bias4D | None:
@@ -103,7 +104,7 @@ def _prepare_4d_causal_attention_mask(
 def _prepare_4d_causal_attention_mask_for_sdpa(
     attention_mask: Mask2D | Mask4D | None,
     input_shape: Sequence[int],
-    inputs_embeds: Float[Array, "batch q ..."],
+    inputs_embeds: Float[Array | np.ndarray, "batch q ..."],
     past_key_values_length: int,
     sliding_window: int | None = None,
 ) -> Shaped[Array, "batch heads q kv"] | None:

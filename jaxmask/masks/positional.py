@@ -162,6 +162,7 @@ class Chunked(Mask):
 
     def native(self) -> Native:
         def interval(b: Index, q: Index) -> tuple[Any, Any]:
+            q = jnp.asarray(q)
             before = (q % self.size - by_example(self.start, b) % self.size) % self.size
             # Summed from the right, for no part of it may exceed an int32.
             return q - before, q + jnp.minimum(self.size - before, checks.INT32_MAX - jnp.maximum(q, 0))

@@ -208,6 +208,7 @@ def test_decoding_through_the_cache_of_flax_is_the_whole_text() -> None:
     assert step._cache_size() == 1
 
 
+@pytest.mark.breaks_annotations
 def test_sizes_of_numpy_become_python_integers() -> None:
     sizes = {"vocab_size": 16, "dim": 8, "hidden_dim": 16, "heads": 2, "kv_heads": 1, "head_dim": 4}
     layers = (DecoderLayer(window=np.int64(3), chunk=np.int32(5)),)  # pyright: ignore[reportArgumentType]
