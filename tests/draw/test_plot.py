@@ -192,7 +192,7 @@ def test_any_text_is_drawn_without_a_warning(tokens: list[str]) -> None:
 
 
 def test_a_character_that_the_usual_font_lacks_is_taken_from_another() -> None:
-    # Of the fonts that matplotlib brings along.
+    # matplotlib brings both fonts along.
     usual, other = (
         font_manager.get_font(font_manager.findfont(name)).get_charmap() for name in ("DejaVu Sans", "STIXGeneral")
     )

@@ -46,7 +46,7 @@ SINGLE: st.SearchStrategy[Mask] = st.one_of(
     st.builds(Chunked, st.integers(1, 9), SIZES),
     SIZES.map(Prefix),
 )
-# Of two heads each, for masks of more heads and of fewer do not combine.
+# Two heads each, for masks with different numbers of heads do not combine.
 PER_HEAD = st.tuples(SINGLE, SINGLE).map(PerHead)
 
 

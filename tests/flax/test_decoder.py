@@ -76,7 +76,7 @@ def make(name: str, **more: Any) -> Any:
 
 
 def batch() -> tuple[np.ndarray, np.ndarray]:
-    """Tokens, and which are no padding: three rows, two of them padded on the left."""
+    """Tokens, and which of them are valid: three rows, two of them padded on the left."""
     tokens = np.random.default_rng(0).integers(1, SIZES["vocab_size"], (3, LENGTH))
     valid = np.arange(LENGTH) >= np.array([[0], [3], [PROMPT - 1]])
     return np.where(valid, tokens, 0), valid

@@ -49,7 +49,7 @@ def texts(length: int = LENGTH) -> tuple[np.ndarray, np.ndarray]:
 
 
 def states(bert: BertModel, tokens: np.ndarray, valid: np.ndarray, types: np.ndarray) -> list[np.ndarray]:
-    """Of all layers, the embeddings first."""
+    """The hidden states of all layers, the embeddings first."""
     with torch.no_grad():
         outputs = bert(
             torch.from_numpy(tokens),

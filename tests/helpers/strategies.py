@@ -26,8 +26,8 @@ from jaxmask import (
     Window,
 )
 
-# Of an example, a head, the position of a query, that of a key, and the slot of this key: its index among the keys at
-# hand. Slot and position differ where `key_positions` says so.
+# Takes an example, a head, the position of a query, that of a key, and the slot of this key: its index among the keys
+# at hand. Slot and position differ where `key_positions` says so.
 Oracle = Callable[[int, int, int, int, int], bool]
 Bools = npt.NDArray[np.bool_]
 Ints = npt.NDArray[np.int64]

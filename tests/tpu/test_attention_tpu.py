@@ -15,7 +15,7 @@ from tests.tpu.v5e import spec, v5e
 
 HEADS, KV_HEADS, DIM = 4, 2, 128
 LENGTH = 16384
-# Of query and output, and of key and value, in bfloat16.
+# The bytes of query and output, and of key and value, in bfloat16.
 SIZE = 2 * LENGTH * (2 * HEADS + 2 * KV_HEADS) * DIM
 
 
