@@ -7,7 +7,7 @@ from jaxtyping import Array, Integer
 
 from jaxmask import checks
 from jaxmask.mask import Mask
-from jaxmask.masks import Causal, Padding, Prefix, Segments, SlidingWindow, Window
+from jaxmask.masks import Causal, Padding, Prefix, Segments, Window
 from jaxmask.positions import LIMIT, Scalar
 from jaxmask.zoo.coordinates import Axis, Transposed, both_ways
 from jaxmask.zoo.tables import Between, Blocks
@@ -18,26 +18,27 @@ def gemma3(
 ) -> Mask:
     """Text that attends causally, and images within which every token attends to every other.
 
-    Source: Gemma 3, https://arxiv.org/abs/2503.19786, and ``blockwise_overlay`` in Transformers' ``masking_utils``.
+    Source: Gemma 3, https://arxiv.org/abs/2503.19786, and ``create_masks_for_vision_model`` in Transformers'
+    ``modeling_gemma3``.
 
     Args:
         block_sequence_ids: integer ``[batch, length]``: the image to which a token belongs, negative for text.
-        sliding_window: number of keys of a local layer, at least 1; an int, or a traced scalar. ``None`` for a global
-            layer.
+        sliding_window: number of keys of a local layer, at least 1; an int, or a traced scalar. It cuts images, too:
+            a token attends to no key farther back, and to all of its image that follows. ``None`` for a global layer.
 
-    >>> print(gemma3(np.array([[-1, 0, 0, -1]])).dense(4, 4)[0, 0].astype(int))
-    [[1 0 0 0]
-     [1 1 1 0]
-     [1 1 1 0]
-     [1 1 1 1]]
+    >>> print(gemma3(np.array([[-1, 0, 0, 0, -1]]), sliding_window=2).dense(5, 5)[0, 0].astype(int))
+    [[1 0 0 0 0]
+     [1 1 1 1 0]
+     [0 1 1 1 0]
+     [0 0 1 1 0]
+     [0 0 0 1 1]]
     """
     checks.fits_int32("block_sequence_ids", checks.array("block_sequence_ids", block_sequence_ids, "i", 2))
-    if sliding_window is None:
-        text = Causal()
-    else:
-        text = SlidingWindow(checks.scalar("sliding_window", sliding_window, minimum=1))
     # Whether the query is in an image, not the key: a ring buffer holds keys in another order than these ids.
-    return text | Segments(block_sequence_ids) & Transposed(Padding(block_sequence_ids >= 0))
+    mask = Causal() | Segments(block_sequence_ids) & Transposed(Padding(block_sequence_ids >= 0))
+    if sliding_window is None:
+        return mask
+    return mask & Window(checks.scalar("sliding_window", sliding_window, minimum=1) - 1, None)
 
 
 def vision_cross_attention(

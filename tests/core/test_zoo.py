@@ -16,11 +16,12 @@ import numpy.typing as npt
 import pytest
 import torch
 from attn_gym import masks as gym
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch.nn.attention.flex_attention import create_mask, noop_mask
-from transformers import BigBirdConfig, LongformerConfig, masking_utils
+from transformers import BigBirdConfig, Gemma3TextConfig, LongformerConfig
 from transformers.models.big_bird.modeling_big_bird import BigBirdBlockSparseAttention, BigBirdModel
+from transformers.models.gemma3.modeling_gemma3 import create_masks_for_vision_model
 from transformers.models.longformer.modeling_longformer import LongformerSelfAttention
 
 from jaxmask import (
@@ -400,15 +401,15 @@ def test_bigbird_draws_the_same_for_the_same_seed() -> None:
 
 @draws
 @given(ids=st.lists(st.lists(st.integers(-1, 2), min_size=12, max_size=12), min_size=1, max_size=2), window=sizes(14))
-def test_gemma3_is_blockwise_as_in_transformers(ids: list[list[int]], window: int) -> None:
-    images = masking_utils.blockwise_overlay(torch.tensor(ids))
-    for sliding_window, text in (
-        (None, masking_utils.causal_mask_function),
-        (window, masking_utils.sliding_window_causal_mask_function(window)),
-    ):
-        expected = create_mask(masking_utils.or_masks(text, images), len(ids), 1, 12, 12, device="cpu")
+@example(ids=[[-1, 0, 0, 0, 0, 0, -1, -1, -1, -1, -1, -1]], window=3)
+def test_gemma3_is_that_of_its_model(ids: list[list[int]], window: int) -> None:
+    config = Gemma3TextConfig(sliding_window=window, attn_implementation="sdpa")
+    masks = create_masks_for_vision_model(
+        config, torch.zeros(len(ids), 12, 1), None, None, None, block_sequence_ids=torch.tensor(ids)
+    )
+    for sliding_window, kind in ((None, "full_attention"), (window, "sliding_attention")):
         allowed = read(zoo.gemma3(np.array(ids), sliding_window), 12, 12)
-        np.testing.assert_array_equal(allowed, expected.numpy())
+        np.testing.assert_array_equal(allowed, masks[kind].numpy())
 
 
 @draws
