@@ -393,7 +393,7 @@ class _AtKeys(Mask):
         return common(batch, *rows), heads, kv
 
     def check(self, extent: Extent) -> None:
-        self.mask.check(extent._replace(keys=None, key_length=None))
+        self.mask.check(extent._replace(queries=None, keys=None, key_length=None))
 
     def allows(self, b: Index, h: Index, q: Index, kv: Index) -> Allowed:
         return self.mask.allows(b, h, q, lookup(self.key_positions, b=b, kv=kv))
