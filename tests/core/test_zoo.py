@@ -477,10 +477,10 @@ def test_a_ring_buffer_is_decoded_in_a_scan_at_another_length_for_each_example()
 
     _, seen = jax.lax.scan(decode, ahead, length=STEPS - 4)
     rows = read(SlidingWindow(3), STEPS, STEPS)
-    for example, first in enumerate(np.asarray(ahead)):
+    for row, first in enumerate(np.asarray(ahead)):
         for step in range(STEPS - 4):
             positions = zoo.ring_positions(WINDOW, int(first) + step + 1)
-            np.testing.assert_array_equal(seen[step, example], gathered(rows, first + step, positions)[0, 0])
+            np.testing.assert_array_equal(seen[step, row], gathered(rows, first + step, positions)[0, 0])
 
 
 def test_the_cache_of_streaming_llm_holds_all_that_it_attends_to() -> None:
