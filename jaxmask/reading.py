@@ -96,11 +96,9 @@ def _read(
 
 def _depends(look: Callable[[Any, Any], tuple[Allowed, ...]], b: Any, h: Any, axis: int) -> bool:
     """Whether ``look(b, h)`` depends on one of its indices: ``vmap`` over the index then makes a batch of answers."""
-    indices = [b, h]
 
     def answer(index: Any) -> tuple[Allowed, ...]:
-        indices[axis] = index
-        return look(*indices)
+        return look(b, index) if axis else look(index, h)
 
     try:
         jax.eval_shape(jax.vmap(answer, out_axes=None), np.zeros((1, 1, 1, 1, 1), np.int32))

@@ -317,9 +317,7 @@ def sliding_window_bidirectional_mask_function(sliding_window: int) -> MaskFunct
     return and_masks(sliding_window_bidirectional_overlay(sliding_window), bidirectional_mask_function)
 
 
-def chunked_causal_mask_function(
-    chunk_size: int, left_padding: Integer[Array | np.ndarray, "batch"] | int
-) -> MaskFunction:
+def chunked_causal_mask_function(chunk_size: int, left_padding: LeftPadding) -> MaskFunction:
     """The keys in the query's chunk, up to the query itself: a causal :func:`chunked_overlay`."""
     return and_masks(chunked_overlay(chunk_size, left_padding), causal_mask_function)
 

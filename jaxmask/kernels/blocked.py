@@ -172,21 +172,9 @@ def _scores(
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _run(
-    program: _Program,
-    query: Array,
-    key: Array,
-    value: Array,
-    bias: Array | None,
-    sinks: Array | None,
-    arrays: Closures,
-    ranges: KeyRanges,
-) -> tuple[Array, Array]:
-    """The output and the log-sum-exp, ``[batch, q, heads(, dim)]``.
-
-    ``arrays`` is what the functions of the program close over, by whether they apply the mask.
-    """
-    return _forward(program, query, key, value, bias, sinks, arrays, ranges)[0]
+def _run(program: _Program, *operands: Any) -> tuple[Array, Array]:
+    """The output and the log-sum-exp, ``[batch, q, heads(, dim)]``, of the operands of :func:`_forward`."""
+    return _forward(program, *operands)[0]
 
 
 def _forward(
@@ -199,6 +187,10 @@ def _forward(
     arrays: Closures,
     ranges: KeyRanges,
 ) -> tuple[tuple[Array, Array], tuple[Any, ...]]:
+    """The result of :func:`_run`, and what the backward pass needs.
+
+    ``arrays`` is what the functions of the program close over, by whether they apply the mask.
+    """
     accumulated = jnp.promote_types(query.dtype, jnp.float32)
 
     def tile(carry: Any, tile_place: _Place, ranges: KeyRanges) -> Any:

@@ -403,7 +403,8 @@ def test_bigbird_draws_the_same_for_the_same_seed() -> None:
 @given(ids=st.lists(st.lists(st.integers(-1, 2), min_size=12, max_size=12), min_size=1, max_size=2), window=sizes(14))
 @example(ids=[[-1, 0, 0, 0, 0, 0, -1, -1, -1, -1, -1, -1]], window=3)
 def test_gemma3_is_that_of_its_model(ids: list[list[int]], window: int) -> None:
-    config = Gemma3TextConfig(sliding_window=window, attn_implementation="sdpa")
+    config = Gemma3TextConfig(sliding_window=window)
+    config._attn_implementation = "sdpa"
     masks = create_masks_for_vision_model(
         config, torch.zeros(len(ids), 12, 1), None, None, None, block_sequence_ids=torch.tensor(ids)
     )

@@ -502,3 +502,10 @@ def test_the_bounds_of_a_predicate_may_look_at_the_head_at_any_length() -> None:
     assert_close(by_tiles, expected, TOLERANCE["float32"])
     assert_close(by_scores, expected, TOLERANCE["float32"])
     assert jaxmask.explain(**arrays, mask=mask).sparsity == mask.tiles(600, 600, heads=HEADS).sparsity > 0.4
+
+
+def test_an_array_of_numpy_is_explained_as_one_of_jax_for_the_program_has_it_as_an_argument() -> None:
+    x = jax.ShapeDtypeStruct((1, 2048, 1, 64), jnp.float32)
+    valid = np.arange(2048)[None] < 600
+    by_numpy, by_jax = (jaxmask.explain(x, x, x, Padding(array)) for array in (valid, jnp.asarray(valid)))
+    assert by_numpy == by_jax
