@@ -17,10 +17,6 @@ import pytest
 from hypothesis import HealthCheck, settings
 from jaxtyping import config, install_import_hook
 
-# Before anything imports the library: its annotations are checked in every call of these tests. An int is a float.
-# Not those of torch_compat: PyTorch compiles some of its functions and cannot compile the checks.
-install_import_hook("jaxmask", "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))")
-
 always: dict[str, Any] = {
     "deadline": None,
     "derandomize": True,
@@ -28,9 +24,19 @@ always: dict[str, Any] = {
     "suppress_health_check": [HealthCheck.too_slow],
 }
 settings.register_profile("jaxmask", max_examples=60, **always)
-# For `make test-fast`.
+# For `make test-fast` and `make test-latest`.
 settings.register_profile("fast", max_examples=5, **always)
 settings.load_profile("jaxmask")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Before anything imports the library: its annotations are checked in every call of these tests. An int is a float.
+
+    Not those of torch_compat: PyTorch compiles some of its functions and cannot compile the checks.
+    The fast profile goes without, for the checks are a quarter of the time.
+    """
+    if config.getoption("hypothesis_profile") != "fast":
+        install_import_hook("jaxmask", "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))")
 
 
 @pytest.fixture(autouse=True)
