@@ -39,6 +39,7 @@ from jaxmask.masks import (
     SlidingWindow,
     Window,
 )
+from jaxmask.merge import merge_attention
 from jaxmask.tiles import EMPTY, FULL, PARTIAL, TileMap
 
 if TYPE_CHECKING:
@@ -71,6 +72,7 @@ __all__ = [
     "ignore_causal_mask_sdpa",
     "make_attention_fn",
     "make_causal_mask",
+    "merge_attention",
     "plot",
     "prepare_4d_attention_mask",
     "prepare_4d_attention_mask_for_sdpa",

@@ -1,6 +1,7 @@
 """Attention as Flax's modules call it."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import jax.numpy as jnp
@@ -9,22 +10,26 @@ from jaxtyping import Array, Bool, DTypeLike, Float, Shaped
 
 from jaxmask import checks, indices
 from jaxmask.dispatch import Implementation, attention
-from jaxmask.mask import Full, KeyPositions, Mask, Offset
+from jaxmask.mask import Full, Mask
 from jaxmask.masks import Causal, Dense
+from jaxmask.positions import KeyPositions, Offset, QueryPositions
 
 
 def make_attention_fn(
     description: Mask | None = None,
     *,
     offset: Offset | None = None,
+    query_positions: QueryPositions | None = None,
     key_positions: KeyPositions | None = None,
+    sinks: Float[Array | np.ndarray, "heads"] | None = None,
     implementation: Implementation | None = None,
-) -> Callable[..., Array]:
+) -> "AttentionFn":
     """Make an ``attention_fn`` for ``MultiHeadAttention`` of ``flax.linen`` and ``flax.nnx`` that attends by a mask.
 
-    The function uses or refuses every argument that flax passes. It joins the call's bool mask and ``is_causal`` to the
-    description by ``&``, adds the bias, and casts the inputs to the dtype. It refuses dropout, a precision, other
-    products, and sown weights.
+    The function uses or refuses every argument that flax passes. It joins the call's mask and ``is_causal`` to the
+    description by ``&``, adds the bias, drops weights, and casts the inputs to the dtype. It refuses a precision, other
+    products, and sown weights. The mask of a call is a :class:`Mask`, or an array of bools or of 0 and 1; what is added
+    to the scores is a bias.
 
     A decoding step with flax's own cache has fewer queries than keys. If the description depends on positions, the
     function then needs an offset. Make the function inside the step, with the layer's ``cache_index`` as the offset, so
@@ -32,11 +37,12 @@ def make_attention_fn(
 
     Args:
         description: the keys that a query attends to; ``None`` for all.
-        offset, key_positions, implementation: as in :func:`attention`.
+        offset, query_positions, key_positions, sinks, implementation: as in :func:`attention`.
 
     Returns:
-        A function of query, key and value, ``[..., length, heads, dim]``. It raises ``ValueError`` for an argument that
-        it cannot use.
+        A function of query, key and value, ``[..., length, heads, dim]``. Functions of equal arguments are equal, so
+        that equal layers are traced once. It raises ``ValueError`` for an argument that it cannot use. Where a float
+        mask is traced and turns out not to be of 0 and 1, its output is NaN.
 
     >>> import jaxmask
     >>> from flax import nnx
@@ -44,14 +50,46 @@ def make_attention_fn(
     >>> layer = nnx.MultiHeadAttention(2, 8, attention_fn=attend, decode=False, rngs=nnx.Rngs(0))
     >>> layer(jnp.ones((1, 6, 8))).shape
     (1, 6, 8)
+    >>> layer(jnp.ones((1, 6, 8)), mask=jaxmask.Padding(jnp.arange(6)[None] < 5)).shape
+    (1, 6, 8)
     """
+    arguments = {
+        "offset": offset,
+        "query_positions": query_positions,
+        "key_positions": key_positions,
+        "sinks": sinks,
+        "implementation": implementation,
+    }
+    return AttentionFn(Full() if description is None else description, arguments)
 
-    def attention_fn(
+
+@dataclass(frozen=True, eq=False)
+class AttentionFn:
+    """Attention by a description, as Flax's modules call it. :func:`make_attention_fn` makes it."""
+
+    description: Mask
+    arguments: dict[str, Any]
+
+    def __eq__(self, other: object) -> bool:
+        """Equal descriptions and equal arguments; arrays are equal only to themselves."""
+        if not isinstance(other, AttentionFn):
+            return NotImplemented
+        pairs = ((value, other.arguments[name]) for name, value in self.arguments.items())
+        return self.description == other.description and all(
+            one is another or (not checks.is_array(one) and not checks.is_array(another) and one == another)
+            for one, another in pairs
+        )
+
+    def __hash__(self) -> int:
+        return hash(self.description)
+
+    def __call__(
+        self,
         query: Float[Array | np.ndarray, "..."],
         key: Float[Array | np.ndarray, "..."],
         value: Float[Array | np.ndarray, "..."],
         bias: Float[Array | np.ndarray, "..."] | None = None,
-        mask: Shaped[Array | np.ndarray, "..."] | None = None,
+        mask: Mask | Shaped[Array | np.ndarray, "..."] | None = None,
         *,
         broadcast_dropout: bool = True,
         dropout_rng: Array | None = None,
@@ -67,11 +105,6 @@ def make_attention_fn(
         promote_dtype: Callable[..., Any] | None = None,
         is_causal: bool = False,
     ) -> Float[Array, "..."]:
-        if dropout_rate and not deterministic:
-            raise ValueError(
-                f"dropout_rate is {dropout_rate}, but jaxmask.attention drops no weights: use dropout_rate=0, or "
-                "deterministic=True"
-            )
         for name, argument, hint in (
             ("precision", precision, "set jax.default_matmul_precision"),
             ("module", module, "sow_weights=True asks for the weights, which are never written out"),
@@ -87,24 +120,43 @@ def make_attention_fn(
             query, key, value = (x.astype(dtype) for x in (query, key, value))
         batch = query.shape[:-3]
         query, key, value = (x.reshape(-1, *x.shape[-3:]) for x in (query, key, value))
-        joined = Full() if description is None else description
-        if is_causal:
-            joined = joined & Causal()
-        if mask is not None:
-            joined = joined & _of_call(_flat(mask, batch).astype(bool), offset)
-        out = attention(
+        joined = self.description & Causal() if is_causal else self.description
+        is_legal: Any = True
+        if isinstance(mask, Mask):
+            joined = joined & mask
+        elif mask is not None:
+            allowed, is_legal = _allowed(mask)
+            joined = joined & _of_call(_flat(allowed, batch), self.arguments["offset"])
+        out: Any = attention(
             query,
             key,
             value,
             joined,
             bias=None if bias is None else _flat(bias, batch),
-            offset=offset,
-            key_positions=key_positions,
-            implementation=implementation,
+            dropout_rate=0.0 if deterministic else dropout_rate,
+            dropout_rng=dropout_rng,
+            broadcast_dropout=broadcast_dropout,
+            **self.arguments,
         )
+        if is_legal is not True:
+            out = jnp.where(is_legal, out, jnp.nan)
         return out.reshape(*batch, *out.shape[1:])
 
-    return attention_fn
+
+def _allowed(mask: Shaped[Array | np.ndarray, "..."]) -> tuple[Any, Any]:
+    """The mask of a call as bools, and whether it is one of 0 and 1: ``True``, or an array where that is traced."""
+    checks.array("mask", mask, "bif")
+    if mask.dtype == jnp.bool_:
+        return mask, True
+    is_legal = jnp.all((mask == 0) | (mask == 1))
+    if not checks.is_traced(is_legal):
+        if not is_legal:
+            raise ValueError(
+                f"mask must be bool, or of 0 and 1, got {checks.describe(mask)} with other values; what is added to "
+                "the scores is not a mask: give it as bias"
+            )
+        return mask != 0, True
+    return mask != 0, is_legal
 
 
 def _of_call(mask: Bool[Array, "batch heads q kv"], offset: Offset | None) -> Mask:

@@ -4,15 +4,21 @@ To refuse, only shapes, dtypes and static values are looked at, never the conten
 answers at trace time and costs nothing in the compiled program.
 """
 
+import functools
+import inspect
 import operator
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from typing import Any, ParamSpec, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 from jaxtyping import DTypeLike
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 INT32_MAX = 2**31 - 1
 
@@ -111,6 +117,47 @@ def known(mask: Any, claim: Callable[[Any], Any] = lambda mask: mask) -> bool:
 def as_static(value: Any) -> Any:
     """A NumPy integer or bool as that of Python; anything else as it is."""
     return value.item() if isinstance(value, np.integer | np.bool_) else value
+
+
+def hints(**instead: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Refuse keywords that people know from elsewhere, and say what to write instead."""
+
+    def decorate(function: Callable[P, R]) -> Callable[P, R]:
+        @functools.wraps(function)
+        def call(*args: P.args, **kwargs: P.kwargs) -> R:
+            for name in kwargs.keys() & instead.keys():
+                raise TypeError(f"{function.__name__} takes no {name}: write {instead[name]}")
+            return function(*args, **kwargs)
+
+        return call
+
+    return decorate
+
+
+def takes_indices(name: str, function: Callable[..., Any]) -> None:
+    """Refuse a function that cannot be called with ``(b, h, q, kv)``."""
+    try:
+        inspect.signature(function).bind(*"bhqk")
+    except TypeError as error:
+        raise TypeError(f"{name} must be a function of (b, h, q, kv), but the one given has {error}") from None
+    except ValueError:  # one that is not written in Python says nothing of its arguments
+        pass
+
+
+@contextmanager
+def traced_function(name: str) -> Generator[None]:
+    """Say what a user's function did that no traced function can, where JAX says so."""
+    try:
+        yield
+    except (jax.errors.JAXTypeError, ValueError) as error:
+        # The truth of one traced value is one error, the truth of several is another.
+        if isinstance(error, ValueError) and "truth value" not in str(error):
+            raise
+        raise TypeError(
+            f"the function {name} is traced, so that the values of its indices are not known: use jnp.where in place "
+            "of if, & and | in place of and and or, and jnp.asarray(table)[index] to read a NumPy table; it failed by "
+            f"{type(error).__name__}"
+        ) from error
 
 
 def is_array(value: object) -> bool:

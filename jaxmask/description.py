@@ -4,8 +4,10 @@ Here is what every mask says of itself, and how its fields become a pytree. How 
 :mod:`jaxmask.mask`, the masks themselves are in :mod:`jaxmask.masks`.
 """
 
+import functools
+import inspect
 import operator
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import Field, dataclass, fields
 from typing import Any, ClassVar, dataclass_transform
 
@@ -136,6 +138,7 @@ class Description:
             cls._check_fields = cls.__post_init__
             cls.__post_init__ = Description.__post_init__
         dataclass(frozen=True, eq=False, repr=False)(cls)
+        cls.__init__ = _says_what_it_takes(cls.__init__)
         jax.tree_util.register_pytree_with_keys(cls, cls._flatten_with_keys, cls._unflatten, cls._flatten)
 
     def __post_init__(self) -> None:
@@ -192,6 +195,23 @@ class Description:
         mask = object.__new__(cls)
         mask._set(**dict(static), **dict(zip(traced, children, strict=True)), _traced_names=traced)
         return mask
+
+
+def _says_what_it_takes(init: Callable[..., None]) -> Callable[..., None]:
+    """``__init__`` of a mask, whose error for other arguments says what the mask is and which it takes."""
+    signature = inspect.signature(init)
+
+    @functools.wraps(init)
+    def checked(self: Description, *args: Any, **kwargs: Any) -> None:
+        try:
+            signature.bind(self, *args, **kwargs)
+        except TypeError as error:
+            name, (what, _, _) = type(self).__name__, (type(self).__doc__ or "").partition("\n")
+            takes = ", ".join(list(signature.parameters)[1:])
+            raise TypeError(f"{name} takes ({takes}), but {error}; it means: {what}") from None
+        init(self, *args, **kwargs)
+
+    return checked
 
 
 def _is_static(value: object) -> bool:

@@ -1,13 +1,15 @@
 """One call for attention, which chooses the implementation."""
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, overload
 
+import jax
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, PRNGKeyArray, UInt32
 
+from jaxmask import checks
 from jaxmask.kernels import blocked, fused, xla
-from jaxmask.kernels.call import Bias, Call, checked_call
+from jaxmask.kernels.call import Bias, Call, checked_call, is_empty, known_elsewhere
 from jaxmask.mask import Mask
 from jaxmask.positions import KeyPositions, Offset, QueryPositions
 
@@ -31,6 +33,7 @@ FUSED = {"gpu": ("cudnn", "tokamax"), "tpu": ("splash", "tokamax")}
 _SMALL = 128
 
 
+@overload
 def attention(
     query: Float[Array | np.ndarray, "batch q heads dim"],
     key: Float[Array | np.ndarray, "batch kv kv_heads dim"],
@@ -43,12 +46,60 @@ def attention(
     query_positions: QueryPositions | None = None,
     key_positions: KeyPositions | None = None,
     logits_soft_cap: float | None = None,
+    sinks: Float[Array | np.ndarray, "heads"] | None = None,
+    dropout_rate: float = 0.0,
+    dropout_rng: PRNGKeyArray | UInt32[Array, "words"] | None = None,
+    broadcast_dropout: bool = False,
+    return_residual: Literal[False] = False,
     implementation: Implementation | None = None,
-) -> Float[Array, "batch q heads dim_v"]:
+) -> Float[Array, "batch q heads dim_v"]: ...
+@overload
+def attention(
+    query: Float[Array | np.ndarray, "batch q heads dim"],
+    key: Float[Array | np.ndarray, "batch kv kv_heads dim"],
+    value: Float[Array | np.ndarray, "batch kv kv_heads dim_v"],
+    mask: Mask | None = None,
+    *,
+    bias: Bias | None = None,
+    scale: float | None = None,
+    offset: Offset | None = None,
+    query_positions: QueryPositions | None = None,
+    key_positions: KeyPositions | None = None,
+    logits_soft_cap: float | None = None,
+    sinks: Float[Array | np.ndarray, "heads"] | None = None,
+    dropout_rate: float = 0.0,
+    dropout_rng: PRNGKeyArray | UInt32[Array, "words"] | None = None,
+    broadcast_dropout: bool = False,
+    return_residual: Literal[True],
+    implementation: Implementation | None = None,
+) -> tuple[Float[Array, "batch q heads dim_v"], Float[Array, "batch q heads"]]: ...
+@known_elsewhere
+def attention(
+    query: Float[Array | np.ndarray, "batch q heads dim"],
+    key: Float[Array | np.ndarray, "batch kv kv_heads dim"],
+    value: Float[Array | np.ndarray, "batch kv kv_heads dim_v"],
+    mask: Mask | None = None,
+    *,
+    bias: Bias | None = None,
+    scale: float | None = None,
+    offset: Offset | None = None,
+    query_positions: QueryPositions | None = None,
+    key_positions: KeyPositions | None = None,
+    logits_soft_cap: float | None = None,
+    sinks: Float[Array | np.ndarray, "heads"] | None = None,
+    dropout_rate: float = 0.0,
+    dropout_rng: PRNGKeyArray | UInt32[Array, "words"] | None = None,
+    broadcast_dropout: bool = False,
+    return_residual: bool = False,
+    implementation: Implementation | None = None,
+) -> Any:
     """Scaled dot-product attention, of every query to the keys that the mask lets it attend to.
 
     ``softmax(cap(scale * query @ key) + bias) @ value``, computed in at least float32. A query that may attend to
-    nothing gives zeros, and zero gradients. Differentiable in query, key, value and bias, once and in reverse mode.
+    nothing gives zeros, and zero gradients; only the mask does that, and a bias of minus infinity, but no other score.
+    A key that no query may attend to changes nothing, though it be NaN, nor does its value; where some query may attend
+    to it, those that share its tile are NaN, too. Differentiable in query, key, value, bias and sinks, once and in
+    reverse mode.
 
     Args:
         query: ``[batch, q, heads, dim]``, in float16, bfloat16, float32 or float64.
@@ -65,12 +116,22 @@ def attention(
         query_positions: the position of each query, as in :meth:`Mask.dense`, in place of ``offset``.
         key_positions: the position of each key, as in :meth:`Mask.dense`: for a cache that is a ring buffer.
         logits_soft_cap: ``cap(x) = logits_soft_cap * tanh(x / logits_soft_cap)``, as of Gemma 2; a Python float.
+        sinks: ``[heads]``, a logit for each head that takes part in softmax beside those of the keys, and has no value:
+            the attention sinks of gpt-oss (``modeling_gpt_oss.eager_attention_forward`` in Transformers).
+        dropout_rate: the probability that a weight is dropped, after softmax; a Python float. The others grow by
+            ``1 / (1 - dropout_rate)``.
+        dropout_rng: a key, as of ``jax.random.key(0)``. The same key drops the same pairs by every implementation: they
+            follow from the key and the indices of example, head, query and key.
+        broadcast_dropout: whether all examples and heads drop the same pairs, as ``flax`` does by default.
+        return_residual: whether to return the log-sum-exp too, by which :func:`merge_attention` joins partial results.
         implementation: ``None`` chooses: a fused kernel of the platform that takes all of the arguments (cuDNN on GPU,
             splash on TPU, tokamax on both if installed), else ``"xla"`` where there are few queries and keys, else
             ``"blocked"``. A name forces one.
 
     Returns:
-        ``[batch, q, heads, dim_v]``, in the dtype of the values.
+        ``[batch, q, heads, dim_v]``, in the dtype of the values; zeros where there are no keys. With
+        ``return_residual`` a pair: that, and the log-sum-exp, float32 (or float64) ``[batch, q, heads]``, the layout of
+        ``jax.nn.dot_product_attention``; ``-inf`` for a query that attends to nothing, and has no sink.
 
     Raises:
         ValueError: shapes do not fit each other or the mask; an offset is missing; the scale is not finite; the
@@ -86,12 +147,36 @@ def attention(
     >>> jaxmask.attention(x, x, x, jaxmask.SlidingWindow(128)).shape
     (1, 1024, 4, 64)
     """
-    call = checked_call(query, key, value, mask, bias, scale, offset, query_positions, key_positions, logits_soft_cap)
+    for name, array in (("query", query), ("key", key), ("value", value)):
+        if isinstance(array, jax.ShapeDtypeStruct):
+            raise TypeError(
+                f"{name} must be an array, got the shape of one, {checks.describe(array)}; explain takes shapes, and "
+                "jax.eval_shape(attention, …) gives that of the output"
+            )
+    call = checked_call(
+        query,
+        key,
+        value,
+        mask,
+        bias=bias,
+        scale=scale,
+        offset=offset,
+        query_positions=query_positions,
+        key_positions=key_positions,
+        logits_soft_cap=logits_soft_cap,
+        sinks=sinks,
+        dropout_rate=dropout_rate,
+        dropout_rng=dropout_rng,
+        broadcast_dropout=broadcast_dropout,
+        return_residual=return_residual,
+    )
     return RUN[choose(call, implementation)[0]](call)
 
 
 def choose(call: Call, implementation: str | None) -> tuple[str, str]:
     """The implementation, and why."""
+    if is_empty(call.query, call.key):
+        return "xla", "there is no pair of a query and a key"
     if implementation is not None:
         if implementation not in RUN:
             names = ", ".join(map(repr, RUN))
@@ -103,10 +188,12 @@ def choose(call: Call, implementation: str | None) -> tuple[str, str]:
                 "one is chosen that can"
             )
         return implementation, "it was asked for"
+    query_length, key_length = call.query.shape[1], call.key.shape[1]
+    if any(map(jax.export.is_symbolic_dim, (query_length, key_length))):
+        return "xla", "the lengths are symbolic, and no tile could have a number of queries and keys"
     for name in FUSED.get(call.platform, ()):
         if not LACKS[name](call):
             return name, f"it is a fused kernel of the {call.platform.upper()}, and takes all of the arguments"
-    query_length, key_length = call.query.shape[1], call.key.shape[1]
     if max(query_length, key_length) <= _SMALL:
         return "xla", f"at most {_SMALL} queries and keys are too few to gain by tiles"
     return "blocked", f"more than {_SMALL} queries or keys: it skips empty tiles, and writes no scores out"

@@ -1,17 +1,16 @@
 """Which implementation attention takes, why, and what it costs."""
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Unpack
 
 import jax
 import jax.numpy as jnp
 
 from jaxmask import checks
 from jaxmask.dispatch import FUSED, LACKS, Implementation, choose
-from jaxmask.kernels.call import Bias, Call, checked_call
+from jaxmask.kernels.call import Arguments, Call, checked_call, known_elsewhere
 from jaxmask.kernels.key_ranges import key_ranges_of
 from jaxmask.mask import Mask
-from jaxmask.positions import KeyPositions, Offset, QueryPositions
 
 
 @dataclass(frozen=True, repr=False)
@@ -55,26 +54,22 @@ class Explanation:
         return "\n".join(lines)
 
 
+@known_elsewhere
 def explain(
     query: Any,
     key: Any,
     value: Any,
     mask: Mask | None = None,
     *,
-    bias: Bias | None = None,
-    scale: float | None = None,
-    offset: Offset | None = None,
-    query_positions: QueryPositions | None = None,
-    key_positions: KeyPositions | None = None,
-    logits_soft_cap: float | None = None,
     implementation: Implementation | None = None,
+    **arguments: Unpack[Arguments],
 ) -> Explanation:
     """Which implementation :func:`attention` uses for the same arguments, why, and what it costs. Nothing is computed.
 
     Args:
         query, key, value: arrays, or their shapes as ``jax.ShapeDtypeStruct``.
-        mask, bias, scale, offset, query_positions, key_positions, logits_soft_cap, implementation: as in
-            :func:`attention`.
+        mask, implementation: as in :func:`attention`.
+        **arguments: the others of :func:`attention`.
 
     Returns:
         What to print.
@@ -95,7 +90,7 @@ def explain(
       12,884,901,888 FLOPs, 9.4% of those with all scores
       134,217,728 bytes, 3.1% of those with all scores
     """
-    call = checked_call(query, key, value, mask, bias, scale, offset, query_positions, key_positions, logits_soft_cap)
+    call = checked_call(query, key, value, mask, **arguments)
     chosen, reason = choose(call, implementation)
     lacks = {name: _unfit(name, call) for name in LACKS if name != chosen}
     slow = {"xla": "it writes out all scores", "blocked": "there are too few scores to cut into tiles"}

@@ -7,7 +7,7 @@ holds it in slot ``p % window``. Padding takes no slot. So the number of tokens 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple, SupportsIndex
+from typing import Any, NamedTuple, SupportsIndex, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, DTypeLike, Float, Int
 
 from jaxmask import checks
 from jaxmask.dispatch import Implementation, attention
-from jaxmask.kernels.call import Bias
+from jaxmask.kernels.call import Arguments
 from jaxmask.mask import Mask
 from jaxmask.masks import Window
 
@@ -166,11 +166,9 @@ class LayerCache(_Pytree):
         value: Float[Array, "batch q kv_heads dim"],
         mask: Mask,
         *,
-        bias: Bias | None = None,
-        scale: float | None = None,
-        logits_soft_cap: float | None = None,
         implementation: Implementation | None = None,
-    ) -> tuple[Float[Array, "batch q heads dim"], "LayerCache"]:
+        **arguments: Unpack[Arguments],
+    ) -> tuple[Any, "LayerCache"]:
         """Store the new keys and values, then attend to all that the layer holds.
 
         Args:
@@ -178,19 +176,32 @@ class LayerCache(_Pytree):
             query, key, value: of the new tokens.
             mask: the keys that a query attends to, by position. Padding, empty slots, and in a ring all keys before the
                 window are left out.
-            bias, scale, logits_soft_cap, implementation: as in :func:`jaxmask.attention`.
+            implementation: as in :func:`jaxmask.attention`.
+            **arguments: the others of :func:`jaxmask.attention`, but ``offset`` and ``key_positions``, which the cache
+                knows. ``query_positions`` are those of new tokens that do not follow each other.
 
         Returns:
-            The output, and the layer with the new keys and values.
+            What :func:`jaxmask.attention` returns, and the layer with the new keys and values.
 
         Raises:
             ValueError, TypeError: as in :meth:`update` and :func:`jaxmask.attention`.
         """
+        for name in ("offset", "key_positions"):
+            if name in arguments:
+                raise ValueError(f"{name} must be left out, for the cache knows it")
+        if query.shape[1] != step.count:
+            raise ValueError(f"query must have the {step.count} tokens of the step, got {checks.describe(query)}")
         layer, keys = self.update(step, key, value)
         mask = mask & Window(self.key.shape[1] - 1, None) if self.is_ring else mask
-        attend = partial(attention, query, mask=mask, **keys._asdict())
-        output = attend(bias=bias, scale=scale, logits_soft_cap=logits_soft_cap, implementation=implementation)
-        return step.or_nan(output), layer
+        if arguments.get("query_positions") is None:
+            arguments["offset"] = keys.offset
+        arguments["key_positions"] = keys.key_positions
+        attend: Any = attention
+        result = attend(query, keys.key, keys.value, mask, implementation=implementation, **arguments)
+        if not arguments.get("return_residual"):
+            return step.or_nan(result), layer
+        output, lse = result
+        return (step.or_nan(output), jnp.where(step.fits[:, None, None], lse, jnp.nan)), layer
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=("layers", "tokens"), meta_fields=())

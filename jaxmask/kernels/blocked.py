@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -24,10 +24,10 @@ from jaxtyping import Array, Float
 from jaxmask import checks
 from jaxmask.indices import Index, iota
 from jaxmask.kernels import scores
-from jaxmask.kernels.call import Bias, Call, checked_call
+from jaxmask.kernels.call import Arguments, Call, checked_call
+from jaxmask.kernels.dropout import Dropout
 from jaxmask.kernels.key_ranges import Ints, KeyRanges, key_ranges_of
 from jaxmask.mask import Mask
-from jaxmask.positions import KeyPositions, Offset, QueryPositions
 
 Carry = TypeVar("Carry")
 Tree = TypeVar("Tree")
@@ -101,6 +101,15 @@ class _Program:
         x = jnp.moveaxis(x.reshape(*x.shape[:2], self.kv_heads, self.group, *x.shape[3:]), 1, 3)
         return x.reshape(*x.shape[:2], self.group * self.queries, *x.shape[4:])
 
+    def factor(self, dropout: Dropout, place: _Place) -> Array:
+        """What dropout multiplies the weights of a step by, ``[examples, kv_heads, group * queries, keys]``."""
+        heads = self.kv_heads * self.group
+        starts = place.example, place.kv_head * self.group, place.query, place.key
+        sizes = self.examples, heads, self.queries, self.keys
+        b, h, q, kv = (start + iota(size, axis) for axis, (start, size) in enumerate(zip(starts, sizes, strict=True)))
+        factor = jnp.broadcast_to(dropout.factor(b, h, q, kv), sizes)
+        return factor.reshape(self.examples, self.kv_heads, self.group * self.queries, self.keys)
+
     def put_rows(self, total: Array, rows: Array, place: _Place) -> Array:
         rows = rows.reshape(self.examples, -1, self.queries, *rows.shape[3:]).swapaxes(1, 2).astype(total.dtype)
         return self.put("bqhd"[: total.ndim], total, rows, place)
@@ -108,6 +117,12 @@ class _Program:
 
 def _arrange(x: Array, axes: str, to: str) -> Array:
     return x.transpose([axes.index(axis) for axis in to])
+
+
+def _where_read(s: Array, axes: str, x: Array) -> Array:
+    """The keys or values, zero where no query of the tile may attend: a weight of 0 would not take NaN away."""
+    is_read = (s != scores.MASKED).any(2)
+    return jnp.where(_arrange(is_read[..., None], "bnkd", axes), x, 0)
 
 
 def _multiply(axes: str, a: Array, b: Array) -> Array:
@@ -184,6 +199,7 @@ def _forward(
     value: Array,
     bias: Array | None,
     sinks: Array | None,
+    dropout: Dropout | None,
     arrays: Closures,
     ranges: KeyRanges,
 ) -> tuple[tuple[Array, Array], tuple[Any, ...]]:
@@ -199,16 +215,21 @@ def _forward(
         def step(carry: Any, start: Ints, is_masked: bool) -> Any:
             place, _, score, arguments = _scores(program, key, bias, arrays, tile_place, rows, start, is_masked)
             s, v = score(*arguments), program.take(program.value, value, place)
+            if is_masked:
+                v = _where_read(s, program.value, v)
             highest, *sums = carry
             new_highest = jnp.maximum(highest, s.max(-1))
             weights = jnp.exp(s - new_highest[..., None])
-            new_sums = weights.sum(-1), _multiply(f"bnqk,{program.value}->bnqd", weights.astype(v.dtype), v)
+            total = weights.sum(-1)
+            if dropout is not None:
+                weights = weights * program.factor(dropout, place).astype(weights.dtype)
+            new_sums = total, _multiply(f"bnqk,{program.value}->bnqd", weights.astype(v.dtype), v)
             if sums:
                 decay = jnp.exp(highest - new_highest)
                 new_sums = sums[0] * decay + new_sums[0], sums[1] * decay[..., None] + new_sums[1]
             return new_highest, *new_sums
 
-        highest = jnp.full_like(rows, scores.LOWEST, accumulated, rows.shape[:-1])
+        highest = jnp.full_like(rows, scores.lowest(accumulated), accumulated, rows.shape[:-1])
         sums = jnp.zeros_like(highest), jnp.zeros_like(rows, accumulated, (*highest.shape, value.shape[-1]))
         # A single range needs no sums of those before.
         highest, total, out = _for_each_range(ranges, step, (highest, *(sums if ranges.starts.shape[0] > 1 else ())))
@@ -218,29 +239,34 @@ def _forward(
             new_highest = jnp.maximum(highest, sink)
             decay = jnp.exp(highest - new_highest)
             highest, total, out = new_highest, total * decay + jnp.exp(sink - new_highest), out * decay[..., None]
-        has_keys = total > 0
-        out = out / jnp.where(has_keys, total, 1)[..., None]
-        # It is infinite here for a row without keys, so that the backward pass finds weights of 0.
-        lse = jnp.where(has_keys, highest + jnp.log(jnp.where(has_keys, total, 1)), jnp.inf)
-        return program.put_rows(carry[0], out, tile_place), program.put_rows(carry[1], lse, tile_place)
+        out = out / jnp.where(total > 0, total, 1)[..., None]
+        results = zip(carry, (out, highest, total), strict=True)
+        return tuple(program.put_rows(of_all, rows, tile_place) for of_all, rows in results)
 
-    shape = query.shape[:3]
-    carry = jnp.zeros_like(query, accumulated, (*shape, value.shape[3])), jnp.zeros_like(query, accumulated, shape)
-    out, lse = _for_each_tile(program, ranges, tile, carry)
-    # The backward pass has the output as it was before it is rounded, or gradients of half precision would suffer.
-    return (out.astype(value.dtype), lse), (query, key, value, bias, sinks, arrays, ranges, out, lse)
+    of_rows = jnp.zeros_like(query, accumulated, query.shape[:3])
+    out = jnp.zeros_like(query, accumulated, (*of_rows.shape, value.shape[3]))
+    out, highest, total = _for_each_tile(program, ranges, tile, (out, of_rows, of_rows))
+    has_keys = total > 0
+    log_total = jnp.log(jnp.where(has_keys, total, 1))
+    lse = jnp.where(has_keys, highest + log_total, -jnp.inf)
+    # The backward pass has the output as it was before it is rounded, or gradients of half precision would suffer. It
+    # has both parts of the log-sum-exp, for the sum would lose the second where the first is a large number.
+    residuals = query, key, value, bias, sinks, dropout, arrays, ranges, out, highest, log_total
+    return (out.astype(value.dtype), lse), residuals
 
 
 def _backward(program: _Program, residuals: Any, cotangents: Any) -> Any:
-    query, key, value, bias, sinks, arrays, ranges, out, lse = residuals
+    query, key, value, bias, sinks, dropout, arrays, ranges, out, highest, log_total = residuals
     dout, dlse = cotangents
-    accumulated = lse.dtype
+    accumulated = log_total.dtype
     # A product, for on a CPU XLA takes tens of times as long for a sum over the last axis of an array of this shape.
     delta = jnp.einsum("bqhd,bqhd->bqh", dout.astype(accumulated), out, precision="highest") - dlse
 
     def tile(carry: Any, tile_place: _Place, ranges: KeyRanges) -> Any:
         rows = program.rows(query, tile_place) * query.dtype.type(program.before)
-        drows, row_lse, row_delta = (program.rows(x, tile_place) for x in (dout, lse, delta))
+        drows, row_delta, row_highest, row_log_total = (
+            program.rows(x, tile_place) for x in (dout, delta, highest, log_total)
+        )
         # The large one of these products is on the right as it is: on the left, it would have to be transposed.
         rows_across, drows_across = rows.astype(accumulated).swapaxes(2, 3), drows.swapaxes(2, 3)
 
@@ -249,17 +275,23 @@ def _backward(program: _Program, residuals: Any, cotangents: Any) -> Any:
             place, k, score, arguments = _scores(program, key, bias, arrays, tile_place, rows, start, is_masked)
             v = program.take(program.value, value, place)
             s, pull = jax.vjp(score, *arguments)
-            weights = jnp.exp(s - row_lse[..., None])
+            if is_masked:
+                k, v = _where_read(s, program.key, k), _where_read(s, program.value, v)
+            weights = jnp.exp(s - row_highest[..., None] - row_log_total[..., None])
             dweights = _multiply(f"bnqd,{program.value}->bnqk", drows, v)
+            dropped = weights
+            if dropout is not None:
+                factor = program.factor(dropout, place).astype(weights.dtype)
+                dropped, dweights = weights * factor, dweights * factor
             ds, dpart, dpart_floats = pull(weights * (dweights - row_delta[..., None]))
             ds = ds * program.after
             if bias is not None:
                 dbias = program.add("bhqk", dbias, dpart, place)
             dfloats = {**dfloats, is_masked: jax.tree.map(jnp.add, dfloats[is_masked], dpart_floats)}
             dq = dq + _multiply(f"bnqk,{program.key}->bnqd", ds, k.astype(ds.dtype))
-            weights = weights.astype(dout.dtype)
+            dropped = dropped.astype(dout.dtype)
             dk = program.add("bndk", dk, _multiply("bndq,bnqk->bndk", rows_across, ds), place)
-            dv = program.add("bndk", dv, _multiply("bndq,bnqk->bndk", drows_across, weights), place)
+            dv = program.add("bndk", dv, _multiply("bndq,bnqk->bndk", drows_across, dropped), place)
             return dq, dk, dv, dbias, dfloats
 
         total, *sums = carry
@@ -274,11 +306,11 @@ def _backward(program: _Program, residuals: Any, cotangents: Any) -> Any:
     carry = jnp.zeros_like(query), *jax.tree.map(zeros, (*across, bias, of_program))
     dq, dk, dv, *sums = _for_each_tile(program, ranges, tile, carry)
     dk, dv = _arrange(dk, "bndk", program.key), _arrange(dv, "bndk", program.value)
-    dsinks = None if sinks is None else -(jnp.exp(sinks - lse) * delta).sum((0, 1))
+    dsinks = None if sinks is None else -(jnp.exp(sinks - highest - log_total) * delta).sum((0, 1))
     inputs = key, value, bias, of_program, sinks
     cotangents = dk, dv, *sums, dsinks
     dk, dv, dbias, dfloats, dsinks = jax.tree.map(lambda x, like: x.astype(like.dtype), cotangents, inputs)
-    return dq, dk, dv, dbias, dsinks, {is_masked: (dfloats[is_masked], None) for is_masked in arrays}, None
+    return dq, dk, dv, dbias, dsinks, None, {is_masked: (dfloats[is_masked], None) for is_masked in arrays}, None
 
 
 _run.defvjp(_forward, _backward)
@@ -308,33 +340,20 @@ def attention(
     value: Float[Array | np.ndarray, "batch kv kv_heads dim_v"],
     mask: Mask,
     *,
-    bias: Bias | None = None,
-    sinks: Float[Array | np.ndarray, "heads"] | None = None,
-    scale: float | None = None,
-    offset: Offset | None = None,
-    query_positions: QueryPositions | None = None,
-    key_positions: KeyPositions | None = None,
-    logits_soft_cap: float | None = None,
     block: int | tuple[int, int] | None = None,
-    return_residual: bool = False,
+    **arguments: Unpack[Arguments],
 ) -> Any:
     """Attention in time O(tiles that are not EMPTY) and memory O(length), with gradients.
 
     Args:
-        query, key, value, mask, bias, scale, offset, query_positions, key_positions, logits_soft_cap: as in
-            :func:`jaxmask.attention`.
-        sinks: a logit for each head that takes part in softmax beside those of the keys, and has no value: the
-            attention sinks of gpt-oss (``modeling_gpt_oss.eager_attention_forward`` in Transformers).
+        query, key, value, mask: as in :func:`jaxmask.attention`.
         block: how many queries are in a tile, and how many keys in a range, or one number for both; static. The default
             is 256 queries, few enough that a narrow window wastes little, and all the keys that they may attend to
             where that is known to be at most 1,280, else 512 at a time; for a single query, 128 at a time.
-        return_residual: whether to return the log-sum-exp too, by which partial results over several sets of keys are
-            joined: ring attention, split keys. Differentiable as well. Sinks belong to one of the parts only.
+        **arguments: the others of :func:`jaxmask.attention`.
 
     Returns:
-        ``[batch, q, heads, dim_v]`` in the dtype of the values. With ``return_residual`` also float32 (or float64)
-        ``[batch, q, heads]``, the layout of ``jax.nn.dot_product_attention``; of a query that attends to nothing, and
-        without sinks, it is ``-inf``.
+        As :func:`jaxmask.attention`.
 
     >>> from jaxmask import Causal
     >>> x = jnp.ones((1, 4, 2, 8))
@@ -342,23 +361,13 @@ def attention(
     >>> print(out.shape, jnp.exp(lse)[0, :, 0])
     (1, 4, 2, 8) [1. 2. 3. 4.]
     """
-    call = checked_call(query, key, value, mask, bias, scale, offset, query_positions, key_positions, logits_soft_cap)
-    if sinks is not None and checks.array("sinks", sinks, "f").shape != (query.shape[2],):
-        raise ValueError(
-            f"sinks must have one logit for each of the {query.shape[2]} heads, got {checks.describe(sinks)}"
-        )
-    out, lse = _attention(call, sinks, None if block is None else checks.block(block))
-    return (out, lse) if return_residual else out
-
-
-def attend(call: Call) -> Array:
-    """The output of a call whose arguments are checked."""
-    return _attention(call, None, None)[0]
+    return attend(checked_call(query, key, value, mask, **arguments), None if block is None else checks.block(block))
 
 
 @partial(jax.jit, static_argnames="block")
-def _attention(call: Call, sinks: Array | None, block: tuple[int, int] | None) -> tuple[Array, Array]:
-    call, sinks = _vary_alike((call, sinks))
+def attend(call: Call, block: tuple[int, int] | None = None) -> Any:
+    """What a call whose arguments are checked asks for."""
+    call = _vary_alike(call)
     query, key, value, bias = call.query, call.key, call.value, call.bias
     (batch, query_length, heads, _), kv_heads = query.shape, key.shape[2]
     group = heads // kv_heads
@@ -418,9 +427,10 @@ def _attention(call: Call, sinks: Array | None, block: tuple[int, int] | None) -
     query = jnp.pad(query, ((0, 0), (0, -query_length % queries), (0, 0), (0, 0)))
     key, value = _arrange(key, "bknd", program.key), _arrange(value, "bknd", program.value)
     arrays = {False: unmasked[1], True: masked[1]}
-    results: tuple[Array, Array] = _run(program, query, key, value, array, sinks, arrays, ranges)
+    sinks = None if call.sinks is None else jnp.asarray(call.sinks, products.dtype)
+    results: tuple[Array, Array] = _run(program, query, key, value, array, sinks, call.dropout, arrays, ranges)
     out, lse = (x[:, :query_length] for x in results)
-    return out, jnp.where(lse == jnp.inf, -jnp.inf, lse)
+    return (out, lse) if call.return_residual else out
 
 
 def _vary_alike(tree: Tree) -> Tree:

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, TypedDict
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,8 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from jaxmask import checks, indices
-from jaxmask.indices import Index
+from jaxmask.indices import Index, common
+from jaxmask.kernels.dropout import Dropout
 from jaxmask.mask import Full, Mask, placed, refuse_no_mask
 from jaxmask.native import Split
 from jaxmask.positions import KeyPositions, Offset, Positions, QueryPositions
@@ -22,11 +23,42 @@ from jaxmask.tiles import TileMap
 # An array that broadcasts to [batch, heads, q, kv], or a function of positions, to be evaluated where it is needed.
 Bias = Float[Array | np.ndarray, "..."] | Callable[[Index, Index, Index, Index], Float[Array, "..."]]
 
+# Arguments of other libraries, and what says the same here.
+known_elsewhere = checks.hints(
+    is_causal="the mask Causal()",
+    local_window_size="the mask Window(left, right)",
+    key_value_seq_lengths="the mask Prefix(lengths)",
+    query_seq_lengths="the mask Padding(valid) for queries and keys, and rows of padding mean nothing",
+    window_size="the mask Window(left, right), or SlidingWindow(size), which counts the query",
+    segment_ids="the mask Segments(ids)",
+    attn_mask="mask: Dense(allowed) where it is bool, and bias where it is added to the scores",
+    is_training="dropout_rate=0.0 where nothing is to be dropped",
+    dropout_p="dropout_rate and dropout_rng",
+    enable_gqa="nothing: the heads of key and value may be fewer than those of query",
+    softcap="logits_soft_cap",
+)
+
+
+class Arguments(TypedDict, total=False):
+    """The arguments of :func:`jaxmask.attention` beside arrays, mask and implementation."""
+
+    bias: Bias | None
+    scale: float | None
+    offset: Offset | None
+    query_positions: QueryPositions | None
+    key_positions: KeyPositions | None
+    logits_soft_cap: float | None
+    sinks: Float[Array | np.ndarray, "heads"] | None
+    dropout_rate: float
+    dropout_rng: Array | None
+    broadcast_dropout: bool
+    return_residual: bool
+
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=("query", "key", "value", "mask", "bias", "positions"),
-    meta_fields=("scale", "logits_soft_cap"),
+    data_fields=("query", "key", "value", "mask", "bias", "positions", "sinks", "dropout"),
+    meta_fields=("scale", "logits_soft_cap", "return_residual"),
 )
 @dataclass(frozen=True, eq=False)
 class Call:
@@ -38,7 +70,10 @@ class Call:
         bias: an array of rank 4, or a function that is a pytree.
         positions: of queries and keys. Position 0 of the first query is static, so that the tiles of a static mask are
             found at trace time.
+        sinks: a logit for each head.
+        dropout: ``None`` where no pair is dropped.
         scale, logits_soft_cap: of the scores.
+        return_residual: whether the result is the output and the log-sum-exp, or the output alone.
     """
 
     query: Any
@@ -47,8 +82,11 @@ class Call:
     mask: Mask
     bias: Bias | None
     positions: Positions
+    sinks: Any
+    dropout: Dropout | None
     scale: float
     logits_soft_cap: float | None
+    return_residual: bool
 
     def split(self) -> Split[Mask]:
         """What of the mask a kernel can take in its own arguments."""
@@ -70,12 +108,18 @@ def checked_call(
     key: Any,
     value: Any,
     mask: Mask | None,
-    bias: Any,
-    scale: float | None,
-    offset: Offset | None,
-    query_positions: QueryPositions | None,
-    key_positions: KeyPositions | None,
-    logits_soft_cap: float | None,
+    *,
+    bias: Any = None,
+    scale: float | None = None,
+    offset: Offset | None = None,
+    query_positions: QueryPositions | None = None,
+    key_positions: KeyPositions | None = None,
+    logits_soft_cap: float | None = None,
+    sinks: Any = None,
+    dropout_rate: float = 0.0,
+    dropout_rng: Any = None,
+    broadcast_dropout: bool = False,
+    return_residual: bool = False,
 ) -> Call:
     """The arguments, when they are found to fit each other."""
     for name, array in (("query", query), ("key", key), ("value", value)):
@@ -95,8 +139,8 @@ def checked_call(
             "query, key and value must agree: one batch, the dim of query and key, the length and heads of key and "
             f"value; got {shapes}"
         )
-    if not all(query.shape + key.shape + value.shape):
-        raise ValueError(f"query, key and value must not be empty, got {shapes}")
+    if not (heads and kv_heads and dim and value.shape[3]):
+        raise ValueError(f"query, key and value must have heads and dims, got {shapes}")
     if heads % kv_heads:
         raise ValueError(
             f"the heads of key and value must divide those of query, got {kv_heads} and {heads}: {shapes}; heads are "
@@ -105,7 +149,11 @@ def checked_call(
     if mask is not None and not isinstance(mask, Mask):
         refuse_no_mask(mask, expected="mask must be a jaxmask.Mask")
     mask = Full() if mask is None else mask
-    mask, at = placed(mask, query_length, key_length, offset, query_positions, key_positions)
+    if is_empty(query, key):
+        # Where there is no pair, nothing can be asked of a mask, nor of positions.
+        mask, at, bias = Full(), Positions(query_length, key_length, None, None, None, True), None
+    else:
+        mask, at = placed(mask, query_length, key_length, offset, query_positions, key_positions)
     if at.starts_at_zero:
         at = replace(at, first=None)
     for name, what, size, given in (
@@ -116,6 +164,8 @@ def checked_call(
     ):
         if given not in (1, size):
             raise ValueError(f"{what} is for {given} {name}, but the arrays have {size}: {shapes}")
+    if sinks is not None and checks.array("sinks", sinks, "f").shape != (heads,):
+        raise ValueError(f"sinks must have one logit for each of the {heads} heads, got {checks.describe(sinks)}")
     factor = dim**-0.5 if scale is None else _finite("scale", scale)
     logits_soft_cap = None if logits_soft_cap is None else _finite("logits_soft_cap", logits_soft_cap)
     if logits_soft_cap is not None and logits_soft_cap <= 0:
@@ -128,24 +178,68 @@ def checked_call(
                 f"{checks.describe(bias)}"
             )
         bias = indices.as_4d(bias)
+    if callable(bias):
+        bias = _as_pytree(bias, (batch, heads), common(*at.batches.values()))
     return Call(
         query=query,
         key=key,
         value=value,
         mask=mask,
-        bias=_as_pytree(bias) if callable(bias) else bias,
+        bias=bias,
         positions=at,
+        sinks=sinks,
+        dropout=_dropout(dropout_rate, dropout_rng, broadcast_dropout),
         scale=factor,
         logits_soft_cap=logits_soft_cap,
+        return_residual=return_residual,
     )
 
 
-def _as_pytree(bias: Callable[..., Any]) -> jax.tree_util.Partial:
-    """A function as a pytree. Those that close over arrays are never the same twice, for their arrays may not be."""
+def is_empty(query: Any, key: Any) -> bool:
+    """Whether there is no pair of a query and a key: no example, no query, or no key."""
+    return 0 in (query.shape[0], query.shape[1], key.shape[1])
+
+
+def _as_pytree(bias: Callable[..., Any], sizes: tuple[int, int], batch_of_positions: int) -> jax.tree_util.Partial:
+    """A function as a pytree, when what it returns is found to fit the scores.
+
+    One that closes over arrays is never the same twice, for its arrays may not be.
+    """
+    checks.takes_indices("bias", bias)
+    # It is called for tiles, so that what it returns must follow from the indices: two queries and three keys here.
+    shapes = (sizes[0], 1, 1, 1), (1, sizes[1], 1, 1), (batch_of_positions, 1, 2, 1), (1, 1, 1, 3)
+    with checks.traced_function("bias"):
+        closed, found = jax.make_jaxpr(bias, return_shape=True)(
+            *(jax.ShapeDtypeStruct(shape, jnp.int32) for shape in shapes)
+        )
+    checks.array("what the function bias returns", found, "fi", hint="; a bool mask is a Predicate, joined by &")
+    if not checks.broadcasts_to(found.shape, (*sizes, 2, 3)):
+        raise ValueError(
+            f"the function bias must return an array that broadcasts to [batch, heads, q, kv] = {[*sizes, 2, 3]} for "
+            f"2 queries and 3 keys, got {checks.describe(found)}; it is called for tiles, and must follow its indices"
+        )
     if isinstance(bias, jax.tree_util.Partial):
         return bias
-    closes_over = jax.make_jaxpr(bias)(*[jnp.zeros((1, 1, 1, 1), jnp.int32)] * 4).consts
-    return jax.tree_util.Partial((lambda *at: bias(*at)) if closes_over else bias)
+    return jax.tree_util.Partial((lambda *at: bias(*at)) if closed.consts else bias)
+
+
+def _dropout(rate: float, rng: Any, is_shared: bool) -> Dropout | None:
+    """What drops pairs, or ``None``."""
+    rate = _finite("dropout_rate", rate)
+    if not 0 <= rate < 1:
+        raise ValueError(f"dropout_rate must be at least 0 and less than 1, got {rate}")
+    if not rate:
+        return None
+    if rng is None:
+        raise ValueError(f"dropout_rng is missing: dropout_rate is {rate}, which needs a key, as of jax.random.key(0)")
+    is_key = isinstance(rng, jax.Array) and (
+        (jnp.issubdtype(rng.dtype, jax.dtypes.prng_key) and rng.ndim == 0)
+        or (rng.dtype == jnp.uint32 and rng.ndim == 1)
+    )
+    if not is_key:
+        raise TypeError(f"dropout_rng must be one key, as of jax.random.key(0), got {checks.describe(rng)}")
+    # Two words, whatever the generator of the key.
+    return Dropout(jax.random.bits(rng, (2,), jnp.uint32), rate, is_shared)
 
 
 def _finite(name: str, value: Any) -> float:

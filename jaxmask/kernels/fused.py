@@ -86,7 +86,7 @@ def splash_lacks(call: Call) -> list[str]:
             call.value.shape[3] != call.query.shape[3]
         ),
     }
-    return _that_hold(limits) or _refusal(splash, call, TypeError, ValueError, NotImplementedError)
+    return _that_hold(limits) + _only_output(call) or _refusal(splash, call, TypeError, ValueError, NotImplementedError)
 
 
 def splash(call: Call) -> Array:
@@ -105,7 +105,7 @@ def splash(call: Call) -> Array:
             interpret=interpret,
         )
         query, key, value = (x.swapaxes(1, 2) for x in (call.query, call.key, call.value))
-        return kernel((query * call.scale).astype(query.dtype), key, value).swapaxes(1, 2)
+        return kernel((query * call.scale).astype(query.dtype), key, value, sinks=call.sinks).swapaxes(1, 2)
 
     # Chosen by XLA, not by the platform of this process, which may export to another.
     return jax.lax.platform_dependent(tpu=partial(run, False), default=partial(run, True))
@@ -131,6 +131,15 @@ def _not_native(call: Call) -> list[str]:
         "it takes no bias that is a function": callable(call.bias),
         "it takes no query_positions": call.positions.queries is not None and not isinstance(residual, Full),
         "it takes no key_positions": call.positions.keys is not None,
+        "it has no sinks": call.sinks is not None,
+    }
+    return _that_hold(limits) + _only_output(call)
+
+
+def _only_output(call: Call) -> list[str]:
+    limits = {
+        "it drops no weights": call.dropout is not None,
+        "it returns no log-sum-exp": call.return_residual,
     }
     return _that_hold(limits)
 

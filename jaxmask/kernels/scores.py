@@ -2,24 +2,32 @@
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, DTypeLike, Float, Shaped
 
 from jaxmask.indices import Allowed
 
-# A masked score, and the lowest that the maximum of a row may be: so far apart that the weight of a masked pair is
-# exactly 0, without an infinity that would make NaN of a row in which every pair is masked.
-MASKED, LOWEST = -1e30, -1e29
+# The maximum of a row is at least the lowest float, so that a masked score has a weight of exactly 0 and no row is NaN.
+# A score is never below it: only the mask, or a bias of minus infinity, makes a row empty.
+MASKED = -jnp.inf
+
+
+def lowest(dtype: DTypeLike) -> float:
+    """The lowest that the maximum of a row of scores may be."""
+    return float(jnp.finfo(dtype).min)
 
 
 def finish(
     scores: Float[Array, "batch heads q kv"],
     logits_soft_cap: float | None,
-    bias: Float[Array | np.ndarray, "..."] | None,
+    bias: Shaped[Array | np.ndarray, "..."] | None,
     allowed: Allowed | None,
 ) -> Float[Array, "batch heads q kv"]:
     """Cap the scores, add the bias, mask them: in the order of Transformers' ``eager_attention_forward`` of Gemma 2."""
     if logits_soft_cap is not None:
+        if allowed is not None:
+            # The slope of tanh at NaN is NaN, whatever it is multiplied by.
+            scores = jnp.where(allowed, scores, 0)
         scores = logits_soft_cap * jnp.tanh(scores / logits_soft_cap)
     if bias is not None:
-        scores = scores + bias
+        scores = scores + jnp.asarray(bias).astype(scores.dtype)
     return scores if allowed is None else jnp.where(allowed, scores, MASKED)

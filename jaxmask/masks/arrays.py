@@ -38,7 +38,11 @@ class Padding(Mask):
 
     def __post_init__(self) -> None:
         hint = "; make it bool by `valid != 0` from a 0/1 mask, or by `valid == 0` from an additive bias"
-        checks.array("valid", self.valid, "bi", 2, hint=hint)
+        if checks.array("valid", self.valid, "bi", hint=hint).ndim != 2:
+            raise ValueError(
+                f"valid must be [batch, kv], got {checks.describe(self.valid)}; for a single example, give "
+                "valid[None]; where these are numbers of keys, the mask is Prefix(lengths)"
+            )
         if isinstance(self.valid, np.ndarray):
             # Before JAX, without 64-bit mode, cuts an int64 in half.
             self._set(valid=self.valid != 0)

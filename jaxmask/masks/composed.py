@@ -55,11 +55,14 @@ class Predicate(Mask):
     def __post_init__(self) -> None:
         if not callable(self.fn):
             raise TypeError(f"fn must be a function of (b, h, q, kv), got {checks.describe(self.fn)}")
+        checks.takes_indices("fn", self.fn)
         for name in ("batch", "heads"):
             if getattr(self, name) is not None:
                 self._set(**{name: checks.length(name, getattr(self, name))})
         if self.bounds is not None and not callable(self.bounds):
             raise TypeError(f"bounds must be a function of (b, h, q, kv), got {checks.describe(self.bounds)}")
+        if self.bounds is not None:
+            checks.takes_indices("bounds", self.bounds)
 
     @property
     def shape(self) -> checks.Shape:
@@ -67,7 +70,8 @@ class Predicate(Mask):
 
     def allows(self, b: Index, h: Index, q: Index, kv: Index) -> Allowed:
         b, h = self._known(b, h)
-        allowed = jnp.asarray(self.fn(*map(jnp.asarray, (b, h, q, kv))))
+        with checks.traced_function("fn"):
+            allowed = jnp.asarray(self.fn(*map(jnp.asarray, (b, h, q, kv))))
         return self._checked("fn", self.fn, allowed, jnp.broadcast_shapes(*map(jnp.shape, (b, h, q, kv))))
 
     def tile_bounds(self, b: Index, h: Index, q: Span, kv: Span) -> Bounds:

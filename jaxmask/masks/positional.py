@@ -74,10 +74,11 @@ class SlidingWindow(Mask):
 
 
 class Window(Mask):
-    """A query attends to ``left`` keys before its position, itself, and ``right`` keys after.
+    """A query attends to ``left`` keys before its position, itself, and ``right`` keys after; ``None`` is all of them.
 
-    That is ``q - left <= kv <= q + right``; ``None`` is unbounded. Source: ``local_window_size`` of
-    ``jax.nn.dot_product_attention``, ``window_size`` of FlashAttention (whose ``-1`` is ``None`` here).
+    That is ``q - left <= kv <= q + right``. Both sides must be said, for other libraries read one number differently:
+    ``local_window_size=4`` of ``jax.nn.dot_product_attention`` is ``Window(4, 4)``. Source: that argument, and
+    ``window_size`` of FlashAttention (whose ``-1`` is ``None`` here).
 
     Args:
         left, right: number of keys, at least 0; an int, a traced scalar, or ``None``.

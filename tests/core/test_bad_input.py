@@ -64,8 +64,31 @@ def shapeless_predicate(b: Any, h: Any, q: Any, kv: Any) -> Any:
 TYPE, VALUE = TypeError, ValueError
 
 TABLE = [
+    bad(
+        "window-one-side",
+        lambda: lib.Window(4),
+        TypeError,
+        r"Window takes \(left, right\)",
+        "'right'",
+        "``None`` is all",
+    ),
+    bad(
+        "window-by-another-name",
+        lambda: lib.SlidingWindow(window=4),
+        TypeError,
+        r"SlidingWindow takes \(size\)",
+        "last ``size`` keys",
+    ),
+    bad("causal-of-a-length", lambda: lib.Causal(4), TypeError, r"Causal takes \(\)", "too many"),
+    bad(
+        "lengths-are-no-padding",
+        lambda: lib.Padding(jnp.array([3, 2])),
+        ValueError,
+        r"int32\[2\]",
+        r"Prefix\(lengths\)",
+    ),
     # Masks: their arguments.
-    bad("padding-rank", lib.Padding, VALUE, "valid", r"bool\[5\]", "rank 2", argument=VALID[0]),
+    bad("padding-rank", lib.Padding, VALUE, "valid", r"bool\[5\]", r"\[batch, kv\]", argument=VALID[0]),
     bad("padding-float", lib.Padding, TYPE, "valid", r"float32\[2, 5\]", "bool or integer", argument=jnp.ones((2, 5))),
     bad("padding-torch", lambda: lib.Padding(TENSOR), TYPE, "valid", TENSOR_CAME, "JAX or NumPy array", TO_JAX),
     bad("padding-list", lambda: lib.Padding([[1, 0]]), TYPE, "valid", "a list", "JAX or NumPy array", r"jnp\.asarray"),

@@ -195,7 +195,7 @@ def test_half_precision_is_no_worse_than_that_of_jax_nn(attend: Attend, dtype: A
 
 
 def by_jax_nn(query: Any, key: Any, value: Any, mask: Mask, offset: Any = None) -> Any:
-    return fused.by_jax_nn(checked_call(query, key, value, mask, None, None, offset, None, None, None), "xla")
+    return fused.by_jax_nn(checked_call(query, key, value, mask, offset=offset), "xla")
 
 
 THEIRS: dict[str, Attend] = {
@@ -358,13 +358,84 @@ def test_a_bias_of_a_table_is_read_at_positions_of_queries_alone(attend: Attend)
     assert all(np.isfinite(x).all() for x in found.values())
 
 
+@ours
 @pytest.mark.parametrize("mask", [SlidingWindow(6), MASKS["packed"], PerHead([Full(), Causal(), Prefix(0), Full()])])
-def test_sinks_take_part_in_softmax_without_a_value(mask: Mask) -> None:
+def test_sinks_take_part_in_softmax_without_a_value(attend: Attend, mask: Mask) -> None:
     arrays, cotangent = arrays_of()
     arrays["sinks"] = jnp.array([0.0, 2.0, -30.0, 30.0])
     expected = defined(written_out(mask), cotangent, **arrays)
-    found = called(by_blocks, arrays, cotangent, mask=mask, offset=OFFSET)
+    found = called(attend, arrays, cotangent, mask=mask, offset=OFFSET)
     assert_close(found, expected, TOLERANCE["float32"])
+
+
+def test_splash_takes_sinks() -> None:
+    arrays, cotangent = arrays_of(256, 256, heads=2, kv_heads=1, dim=64, dim_v=64)
+    arrays["sinks"] = jnp.array([0.5, -2.0])
+    expected = defined(np.asarray(LONE.dense(256, 256)), cotangent, **arrays)
+    assert_close(called(THEIRS["splash"], arrays, cotangent, mask=LONE), expected, TOLERANCE["float32"])
+
+
+# What the scores are like.
+
+
+@ours
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16, jnp.float32], ids=lambda dtype: dtype.__name__)
+def test_a_row_of_the_lowest_scores_is_the_mean_as_in_jax_nn(attend: Attend, dtype: Any) -> None:
+    arrays, cotangent = arrays_of(KEYS, KEYS, dim_v=DIM, dtype=dtype)
+    # An additive mask, whose sixth row has nothing to attend to.
+    lowest = jnp.finfo(dtype).min
+    bias = jnp.where((np.arange(KEYS) % 3 == 0) & (np.arange(KEYS)[:, None] != 5), 0, lowest).astype(dtype)[None, None]
+    found = called(attend, arrays, cotangent, bias=bias, mask=Full())
+    expected = with_gradients(lambda arrays: jax.nn.dot_product_attention(**arrays, bias=bias), arrays, cotangent)
+    for name, x in found.items():
+        x, y = (np.asarray(x, np.float32) for x in (x, expected[name]))
+        np.testing.assert_allclose(x, y, rtol=0, atol=4 * float(jnp.finfo(dtype).eps) * np.abs(y).max())
+
+
+@ours
+@pytest.mark.parametrize("poison", [np.nan, np.inf])
+@pytest.mark.parametrize("logits_soft_cap", [None, 2.0])
+def test_keys_that_no_query_may_attend_to_cannot_poison(
+    attend: Attend, poison: float, logits_soft_cap: float | None
+) -> None:
+    arrays, cotangent = arrays_of()
+    mask = Causal() & Padding(jnp.asarray(VALID))
+    found = []
+    for content in (0, poison):
+        with_padding = {
+            name: array if name == "query" else jnp.where(VALID[:, :, None, None], array, content)
+            for name, array in arrays.items()
+        }
+        how = {"mask": mask, "offset": OFFSET, "logits_soft_cap": logits_soft_cap}
+        found.append(called(attend, with_padding, cotangent, **how))
+    for name, clean in found[0].items():
+        np.testing.assert_array_equal(clean, found[1][name])
+
+
+# Where there is no pair.
+
+
+@pytest.mark.parametrize("implementation", [None, "xla", "blocked"])
+@pytest.mark.parametrize("shape", [(0, 3, 5), (2, 0, 5), (2, 3, 0)], ids=str)
+def test_without_examples_queries_or_keys_the_output_is_that_of_jax_nn(shape: Any, implementation: Any) -> None:
+    batch, queries, keys = shape
+    arrays, cotangent = arrays_of(queries, keys, batch=batch, dim_v=DIM)
+    attend = partial(jaxmask.attention, implementation=implementation, offset=0, mask=Causal())
+    found = with_gradients(lambda arrays: attend(**arrays), arrays, cotangent)
+    assert {name: x.shape for name, x in found.items()} == {"out": cotangent.shape} | {
+        name: x.shape for name, x in arrays.items()
+    }
+    assert not any(np.asarray(x).any() for x in found.values())
+    _, lse = attend(**arrays, return_residual=True)
+    np.testing.assert_array_equal(lse, np.full((batch, queries, HEADS), -np.inf))
+
+
+def test_without_keys_a_sink_is_all() -> None:
+    arrays, _ = arrays_of(QUERIES, 0)
+    sinks = jnp.array([0.0, 1.0, 2.0, 3.0])
+    out, lse = jaxmask.attention(**arrays, sinks=sinks, return_residual=True)
+    assert not out.any()
+    np.testing.assert_array_equal(lse, np.broadcast_to(sinks, lse.shape))
 
 
 # The log-sum-exp.
@@ -375,53 +446,61 @@ def with_lse(attend: Callable[[Arrays], Any], arrays: Arrays, cotangents: Any) -
     return {"out": out, "lse": lse, **pull(cotangents)[0]}
 
 
+@ours
 @pytest.mark.parametrize("name", ["packed", "heads"])
-def test_log_sum_exp_and_its_gradient(name: str) -> None:
+def test_log_sum_exp_and_its_gradient(attend: Attend, name: str) -> None:
     arrays, cotangent = arrays_of()
     arrays["sinks"] = jnp.array([0.0, 2.0, -30.0, 30.0])
     if name == "packed":
         del arrays["sinks"]  # so that a row may be empty, and its log-sum-exp infinite
     lse_cotangent = random(5, BATCH, QUERIES, HEADS)
-    attend = partial(by_blocks, mask=MASKS[name], offset=OFFSET, return_residual=True)
+    attend = partial(attend, mask=MASKS[name], offset=OFFSET, return_residual=True)
     found = quickly(with_lse, static_argnums=0)(lambda arrays: attend(**arrays), arrays, (cotangent, lse_cotangent))
     expected = defined(written_out(MASKS[name]), cotangent, **arrays, lse_cotangent=lse_cotangent)
     assert_close(found, expected, TOLERANCE["float32"])
 
 
-def test_log_sum_exp_of_an_empty_row_is_minus_infinity() -> None:
+@ours
+def test_log_sum_exp_of_an_empty_row_is_minus_infinity(attend: Attend) -> None:
     arrays, _ = arrays_of()
-    _, lse = by_blocks(**arrays, mask=Prefix(jnp.array([3, 0])), return_residual=True)
+    _, lse = attend(**arrays, mask=Prefix(jnp.array([3, 0])), return_residual=True)
     assert np.isfinite(lse[0]).all()
     assert (lse[1] == -np.inf).all()
 
 
-def in_halves(query: Any, key: Any, value: Any) -> Any:
+def in_halves(attend: Attend, query: Any, key: Any, value: Any) -> Any:
     """Attention to two halves of the keys, joined by what each says of its log-sum-exp."""
     half = KEYS // 2
-    outs, lses = zip(
-        *(
-            by_blocks(
-                query,
-                key[:, part],
-                value[:, part],
-                Causal(),
-                offset=8,
-                key_positions=np.arange(KEYS)[part],
-                return_residual=True,
-            )
-            for part in (slice(half), slice(half, None))
-        ),
-        strict=True,
+    attend = partial(attend, offset=8, return_residual=True, mask=Causal())
+    parts = (slice(half), slice(half, None))
+    return jaxmask.merge_attention(
+        [attend(query, key[:, part], value[:, part], key_positions=np.arange(KEYS)[part]) for part in parts]
     )
-    lse = jnp.logaddexp(*lses)
-    return sum(out * jnp.exp(each - lse)[..., None] for out, each in zip(outs, lses, strict=True))
 
 
-def test_halves_of_the_keys_are_joined_by_their_log_sum_exp() -> None:
+@ours
+def test_parts_of_the_keys_are_merged_by_their_log_sum_exp(attend: Attend) -> None:
     # The first queries attend to no key of the second half.
     arrays, cotangent = arrays_of()
-    expected = defined(np.asarray(Causal().dense(QUERIES, KEYS, offset=8)), cotangent, **arrays)
-    assert_close(called(in_halves, arrays, cotangent), expected, TOLERANCE["float32"])
+    lse_cotangent = random(5, BATCH, QUERIES, HEADS)
+    found = with_lse(lambda arrays: in_halves(attend, **arrays), arrays, (cotangent, lse_cotangent))
+    allowed = np.asarray(Causal().dense(QUERIES, KEYS, offset=8))
+    assert_close(found, defined(allowed, cotangent, **arrays, lse_cotangent=lse_cotangent), TOLERANCE["float32"])
+
+
+def test_parts_without_keys_merge_to_zeros() -> None:
+    arrays, cotangent = arrays_of()
+    attend = partial(by_xla, mask=Prefix(jnp.array([3, 0])), return_residual=True)
+
+    def merged(arrays: Arrays) -> Any:
+        return jaxmask.merge_attention([attend(**arrays), attend(**arrays)])
+
+    (out, lse), pull = jax.vjp(merged, arrays)
+    assert not out[1].any()
+    assert (lse[1] == -np.inf).all()
+    np.testing.assert_allclose(out[0], attend(**arrays)[0][0], atol=1e-6)
+    gradients = pull((cotangent, jnp.zeros_like(lse)))[0]
+    assert all(np.isfinite(x).all() for x in gradients.values())
 
 
 # Positions of keys.

@@ -2,6 +2,7 @@
 
 import inspect
 import re
+from functools import partial
 from typing import Any
 
 import flax.linen as linen
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jaxmask import Causal, Dense, Full, Mask, Padding, SlidingWindow, attention, make_attention_fn
+from jaxmask import Causal, Dense, Full, Mask, Padding, Prefix, SlidingWindow, attention, make_attention_fn
 
 LENGTH, HEADS, FEATURES = 12, 2, 8
 VALID = jnp.asarray(np.arange(LENGTH) >= np.array([[0], [4]]))
@@ -136,7 +137,6 @@ def test_every_parameter_of_flax_is_one_of_ours(theirs: Any) -> None:
 
 
 REFUSED: dict[str, Any] = {
-    "dropout_rate": 0.5,
     "precision": jax.lax.Precision.HIGHEST,
     "module": linen.Dense(3),
     "einsum_dot_general": jax.lax.dot_general,
@@ -151,12 +151,74 @@ def test_what_cannot_be_honoured_is_refused(name: str) -> None:
         make_attention_fn()(*heads(2), **{name: REFUSED[name]})
 
 
-def test_nnx_dropout_is_refused() -> None:
+@pytest.mark.parametrize("is_broadcast", [True, False])
+def test_dropout_keeps_what_it_does_not_drop(is_broadcast: bool) -> None:
+    query, key, _ = heads(3)
+    value = jnp.broadcast_to(jnp.eye(LENGTH)[None, :, None], (3, LENGTH, HEADS, LENGTH))
+    attend = make_attention_fn(BASE)
+    weights = attend(query, key, value)
+    kept = attend(*(query, key, value), dropout_rate=0.5, dropout_rng=jax.random.key(0), broadcast_dropout=is_broadcast)
+    is_kept = kept != 0
+    np.testing.assert_allclose(kept, jnp.where(is_kept, 2 * weights, 0), rtol=1e-6)
+    is_shared = bool((is_kept == is_kept[:1, :, :1]).all())
+    assert is_shared == is_broadcast
+
+
+def test_layers_drop_weights() -> None:
     layer = nnx.MultiHeadAttention(
-        HEADS, FEATURES, dropout_rate=0.5, attention_fn=make_attention_fn(), decode=False, rngs=nnx.Rngs(0)
+        HEADS, FEATURES, dropout_rate=0.5, attention_fn=make_attention_fn(), decode=False, rngs=nnx.Rngs(0, dropout=1)
     )
-    with pytest.raises(ValueError, match="dropout_rate is"):
-        layer(X, deterministic=False)
+    assert jnp.all(layer(X, deterministic=False) != layer(X, deterministic=True))
+    module = linen.MultiHeadDotProductAttention(num_heads=HEADS, dropout_rate=0.5, attention_fn=make_attention_fn())
+    variables = module.init(jax.random.key(0), X, deterministic=True)
+    rngs = {"dropout": jax.random.key(1)}
+    dropped = module.apply(variables, X, deterministic=False, rngs=rngs)
+    assert jnp.all(dropped != module.apply(variables, X, deterministic=True))
+
+
+@every_layer
+def test_the_mask_of_a_call_may_be_a_description(layer: Any, theirs: Any) -> None:
+    mask = Causal() & Prefix(jnp.array([10, 4]))
+    same(layer(X, make_attention_fn(BASE), mask=mask | BASE), layer(X, theirs, mask=BASE.dense(LENGTH, LENGTH)))
+    same(layer(X, make_attention_fn(), mask=mask), layer(X, theirs, mask=mask.dense(LENGTH, LENGTH)))
+
+
+def test_a_float_mask_is_of_zeros_and_ones() -> None:
+    arrays = heads(2)
+    mask = BASE.dense(LENGTH, LENGTH)
+    attend = make_attention_fn()
+    expected = attend(*arrays, mask=mask)
+    same(attend(*arrays, mask=mask.astype(jnp.float32)), expected)
+    same(jax.jit(lambda mask: attend(*arrays, mask=mask))(mask.astype(jnp.float32)), expected)
+    additive = BASE.bias(LENGTH, LENGTH)
+    with pytest.raises(ValueError, match="give it as bias"):
+        attend(*arrays, mask=additive)
+    assert jnp.isnan(jax.jit(lambda mask: attend(*arrays, mask=mask))(additive)).all()
+    same(attend(*arrays, bias=additive), expected)
+
+
+def test_equal_functions_are_equal_so_that_equal_layers_are_traced_once() -> None:
+    traced = []
+
+    @partial(jax.jit, static_argnums=0)
+    def attend(function: Any, x: Any) -> Any:
+        traced.append(function)
+        return function(x, x, x)
+
+    query, *_ = heads(2)
+    for _ in range(3):
+        attend(make_attention_fn(SlidingWindow(3), offset=0), query)
+    assert len(traced) == 1
+    sinks = jnp.zeros(HEADS)
+    for other in (
+        make_attention_fn(SlidingWindow(4), offset=0),
+        make_attention_fn(SlidingWindow(3)),
+        make_attention_fn(SlidingWindow(3), offset=0, implementation="xla"),
+        make_attention_fn(SlidingWindow(3), offset=0, sinks=sinks),
+    ):
+        assert other != traced[0]
+    assert make_attention_fn(sinks=sinks) == make_attention_fn(sinks=sinks)
+    assert make_attention_fn(sinks=sinks) != make_attention_fn(sinks=jnp.zeros(HEADS))
 
 
 @every_layer

@@ -11,7 +11,7 @@ import pytest
 from jax.sharding import AxisType, PartitionSpec
 
 import jaxmask
-from jaxmask import Causal, Dense, Mask, Padding, Predicate, Prefix, SlidingWindow
+from jaxmask import Causal, Dense, Full, Mask, Padding, PerHead, Predicate, Prefix, SlidingWindow
 from jaxmask.kernels import blocked
 from tests.core.test_mask_laws import compilations, counted
 from tests.kernels.test_attention import Arrays, Attend, arrays_of, by_blocks, by_xla, ours, random, with_gradients
@@ -156,6 +156,35 @@ def test_a_program_with_its_gradient_is_exported_for_every_platform(attend: Atte
     exported = jax.export.export(program, platforms=["cpu", "cuda", "tpu"])(arrays, jnp.asarray(0))
     found: Any = exported.call(arrays, jnp.asarray(0))
     assert_close(found, expected_of(SlidingWindow(7), arrays, cotangent), TOLERANCE)
+
+
+@pytest.mark.parametrize("mask", [None, Causal(), SlidingWindow(7)], ids=repr)
+def test_a_program_for_any_length_is_exported_with_its_gradient(mask: Any) -> None:
+    def program(arrays: Arrays) -> Arrays:
+        return with_gradients(lambda arrays: jaxmask.attention(**arrays, mask=mask), arrays, arrays["query"])
+
+    length = jax.export.symbolic_shape("batch, length")
+    specs = {
+        name: jax.ShapeDtypeStruct((*length, heads, 8), jnp.float32)
+        for name, heads in (("query", 4), ("key", 2), ("value", 2))
+    }
+    exported = jax.export.export(jax.jit(program))(specs)
+    for batch, queries in ((1, 5), (2, 150)):
+        arrays, _ = arrays_of(queries, queries, batch=batch, dim_v=8)
+        found: Any = exported.call(arrays)
+        allowed = np.asarray((Full() if mask is None else mask).dense(queries, queries))
+        assert_close(found, defined(allowed, arrays["query"], **arrays), TOLERANCE)
+
+
+def test_a_static_mask_is_no_constant_of_a_program_with_all_scores() -> None:
+    mask = PerHead([SlidingWindow(size) for size in (8, 16, 32, 64)])
+    x = jax.ShapeDtypeStruct((1, 1024, 4, 8), jnp.float32)
+
+    def loss(x: Any) -> Any:
+        return jaxmask.attention(x, x, x, mask, implementation="xla").sum()
+
+    # In hexadecimal, the bools of all pairs of one head alone would be 2 MiB of text.
+    assert len(jax.jit(jax.grad(loss)).lower(x).as_text()) < 2**17
 
 
 # No retrace.

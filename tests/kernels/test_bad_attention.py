@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import jaxmask
-from jaxmask import Causal, Mask, Padding, PerHead, SlidingWindow
+from jaxmask import Causal, Mask, Padding, PerHead, Predicate, SlidingWindow
 from jaxmask.kernels import blocked
 from tests.helpers.bad import bad, refusals
 
@@ -52,16 +52,10 @@ SHAPES = [
     bad("kv-heads", lambda: attend(value=K[:, :, :1]), VALUE, *ALL, r"value float32\[2, 6, 1, 8\]", "heads of key"),
     bad("heads", lambda: attend(Q[:, :, :3]), VALUE, "must divide", "got 2 and 3", r"query float32\[2, 6, 3, 8\]"),
     bad("heads-fewer", lambda: attend(Q[:, :, :1]), VALUE, "must divide", "got 2 and 1"),
-    bad("no-queries", lambda: attend(Q[:, :0]), VALUE, "must not be empty", r"query float32\[2, 0, 4, 8\]"),
     bad(
-        "no-keys",
-        lambda: attend(key=K[:, :0], value=K[:, :0]),
-        VALUE,
-        "must not be empty",
-        r"key float32\[2, 0, 2, 8\]",
+        "no-dim-v", lambda: attend(value=K[..., :0]), VALUE, "must have heads and dims", r"value float32\[2, 6, 2, 0\]"
     ),
-    bad("no-dim-v", lambda: attend(value=K[..., :0]), VALUE, "must not be empty", r"value float32\[2, 6, 2, 0\]"),
-    bad("no-heads", lambda: attend(key=K[:, :, :0], value=K[:, :, :0]), VALUE, "must not be empty"),
+    bad("no-heads", lambda: attend(key=K[:, :, :0], value=K[:, :, :0]), VALUE, "must have heads and dims"),
     bad("shapes-explained", lambda: explain(key=K[:1]), VALUE, *ALL, r"key float32\[1, 6, 2, 8\]"),
 ]
 
@@ -267,7 +261,173 @@ BLOCKS = [
     bad("sinks-integers", lambda: blocked.attention(Q, K, K, Causal(), sinks=zeros(4, dtype=int)), TYPE, "sinks"),
 ]
 
-TABLE = SHAPES + DTYPES + MASKS + NUMBERS + IMPLEMENTATIONS + BLOCKS
+SHAPE_OF_Q = jax.ShapeDtypeStruct(Q.shape, Q.dtype)
+TABLE_OF_BIAS = np.zeros(6, np.float32)
+
+
+def drop(rate: Any = 0.5, rng: Any = None, **how: Any) -> Any:
+    return attend(dropout_rate=rate, dropout_rng=jax.random.key(0) if rng is None else rng, **how)
+
+
+TWO: Any = lambda q, kv: kv <= q  # noqa: E731
+
+
+def by_branch(b: Any, h: Any, q: Any, kv: Any) -> Any:
+    return 1.0 if q > kv else 0.0
+
+
+def by_and(b: Any, h: Any, q: Any, kv: Any) -> Any:
+    return q > kv and kv > 0
+
+
+BIASES = [
+    bad(
+        "bias-fn-bool",
+        lambda: attend(bias=lambda b, h, q, kv: kv <= q),
+        TYPE,
+        "returns must be float",
+        "bool",
+        "Predicate",
+    ),
+    bad("bias-fn-none", lambda: attend(bias=lambda b, h, q, kv: None), TYPE, "what the function bias returns", "None"),
+    bad("bias-fn-complex", lambda: attend(bias=lambda b, h, q, kv: 1j * kv), TYPE, "must be float", "complex64"),
+    bad(
+        "bias-fn-shape",
+        lambda: attend(bias=lambda b, h, q, kv: zeros(2, 4, 6, 6)),
+        VALUE,
+        "2 queries and 3 keys",
+        r"float32\[2, 4, 6, 6\]",
+        "called for tiles",
+    ),
+    bad(
+        "bias-fn-rank",
+        lambda: attend(bias=lambda b, h, q, kv: (q - kv)[None] * 1.0),
+        VALUE,
+        r"float32\[1, 1, 1, 2, 3\]",
+    ),
+    bad(
+        "bias-fn-heads",
+        lambda: attend(bias=lambda b, h, q, kv: zeros(3, 1, 1)),
+        VALUE,
+        r"\[2, 4, 2, 3\]",
+        r"float32\[3, 1, 1\]",
+    ),
+    bad(
+        "bias-fn-two",
+        lambda: attend(bias=lambda q, kv: 0.1 * (kv - q)),
+        TYPE,
+        r"bias must be a function of \(b, h, q, kv\)",
+        "too many",
+    ),
+    bad(
+        "bias-fn-five",
+        lambda: attend(bias=lambda b, h, q, kv, x: 0.1 * kv),
+        TYPE,
+        r"bias must be a function of \(b, h, q, kv\)",
+        "'x'",
+    ),
+    bad("bias-fn-if", lambda: attend(bias=by_branch), TYPE, "function bias is traced", "jnp.where"),
+    bad("bias-fn-and", lambda: attend(bias=by_and), TYPE, "function bias is traced", "&"),
+    bad(
+        "bias-fn-table",
+        lambda: attend(bias=lambda b, h, q, kv: TABLE_OF_BIAS[q]),
+        TYPE,
+        "function bias is traced",
+        r"jnp.asarray\(table\)",
+    ),
+    bad(
+        "predicate-two",
+        lambda: attend(mask=Predicate(TWO)),
+        TYPE,
+        r"fn must be a function of \(b, h, q, kv\)",
+    ),  # pyright: ignore[reportArgumentType]
+    bad(
+        "predicate-table",
+        lambda: attend(mask=Predicate(lambda b, h, q, kv: TABLE_OF_BIAS[q] > 0)),
+        TYPE,
+        "function fn is traced",
+        r"jnp.asarray\(table\)",
+    ),
+    bad("predicate-and", lambda: attend(mask=Predicate(by_and)), TYPE, "function fn is traced", "&"),
+]
+
+SINKS_AND_DROPOUT = [
+    bad(
+        "sinks-heads",
+        lambda: attend(sinks=zeros(2)),
+        VALUE,
+        "sinks must have one logit for each of the 4 heads",
+        r"float32\[2\]",
+    ),
+    bad("sinks-rank", lambda: attend(sinks=zeros(1, 4)), VALUE, "sinks must have one logit", r"float32\[1, 4\]"),
+    bad("sinks-bool", lambda: attend(sinks=jnp.ones(4, bool)), TYPE, "sinks must be float", "bool"),
+    bad("sinks-list", lambda: attend(sinks=[0.0] * 4), TYPE, "sinks must be a JAX or NumPy array", "jnp.asarray"),
+    bad(
+        "sinks-tokamax", lambda: attend(sinks=zeros(4), implementation="tokamax"), VALUE, "'tokamax' cannot", "no sinks"
+    ),
+    bad("rate-one", lambda: drop(1.0), VALUE, "dropout_rate must be at least 0 and less than 1", "1.0"),
+    bad("rate-negative", lambda: drop(-0.1), VALUE, "dropout_rate must be", "-0.1"),
+    bad("rate-nan", lambda: drop(float("nan")), VALUE, "dropout_rate", "nan"),
+    bad("rate-array", lambda rate: drop(rate), TYPE, "dropout_rate must be a Python float", argument=jnp.ones(()) / 2),
+    bad("rate-bool", lambda: drop(True), TYPE, "dropout_rate must be a Python float", "True"),
+    bad("rng-missing", lambda: attend(dropout_rate=0.5), VALUE, "dropout_rng is missing", r"jax.random.key\(0\)"),
+    bad("rng-int", lambda: drop(rng=3), TYPE, "dropout_rng must be one key", "3", r"jax.random.key\(0\)"),
+    bad("rng-batch", lambda: drop(rng=jax.random.split(jax.random.key(0))), TYPE, "dropout_rng must be one key"),
+    bad("rng-float", lambda: drop(rng=zeros(2)), TYPE, "dropout_rng must be one key", r"float32\[2\]"),
+    bad(
+        "dropout-splash",
+        lambda: splash(dropout_rate=0.5, dropout_rng=jax.random.key(0)),
+        VALUE,
+        "'splash' cannot",
+        "drops no weights",
+    ),
+    bad("residual-tokamax", lambda: attend(return_residual=True, implementation="tokamax"), VALUE, "no log-sum-exp"),
+]
+
+ELSEWHERE = [
+    bad("is-causal", lambda: attend(is_causal=True), TYPE, "attention takes no is_causal", r"Causal\(\)"),
+    bad("is-causal-explained", lambda: explain(is_causal=True), TYPE, "explain takes no is_causal", r"Causal\(\)"),
+    bad("lengths", lambda: attend(key_value_seq_lengths=jnp.ones(2, int)), TYPE, r"Prefix\(lengths\)"),
+    bad("window", lambda: attend(local_window_size=4), TYPE, r"Window\(left, right\)"),
+    bad("window-size", lambda: attend(window_size=(4, 0)), TYPE, r"Window\(left, right\)"),
+    bad("segment-ids", lambda: attend(segment_ids=jnp.ones((2, 6), int)), TYPE, r"Segments\(ids\)"),
+    bad("shape-query", lambda: attend(SHAPE_OF_Q), TYPE, "query must be an array", "explain takes shapes"),
+    bad("shape-value", lambda: attend(value=SHAPE_OF_Q), TYPE, "value must be an array", "jax.eval_shape"),
+]
+
+MERGE: Any = jaxmask.merge_attention
+MERGES = [
+    bad("merge-none", lambda: MERGE([]), VALUE, "parts must be pairs", r"got \[\]"),
+    bad(
+        "merge-outputs",
+        lambda: MERGE([Q, Q]),
+        VALUE,
+        r"parts\[0\] must be a pair",
+        "return_residual=True",
+    ),  # pyright: ignore[reportArgumentType]
+    bad(
+        "merge-shapes",
+        lambda: MERGE([(Q, zeros(2, 6, 4)), (Q[:1], zeros(1, 6, 4))]),
+        VALUE,
+        "the same shapes",
+    ),
+    bad(
+        "merge-heads-first",
+        lambda: MERGE([(Q, zeros(2, 4, 6))]),
+        VALUE,
+        r"\[batch, q, heads\]",
+        r"float32\[2, 4, 6\]",
+    ),
+    bad(
+        "merge-integers",
+        lambda: MERGE([(Q, zeros(2, 6, 4, dtype=int))]),
+        TYPE,
+        r"log-sum-exp of parts\[0\]",
+        "int32",
+    ),
+]
+
+TABLE = SHAPES + DTYPES + MASKS + NUMBERS + IMPLEMENTATIONS + BLOCKS + BIASES + SINKS_AND_DROPOUT + ELSEWHERE + MERGES
 test_bad_input_of_attention_is_refused = refusals(TABLE)
 
 

@@ -21,8 +21,11 @@ def defined(
     scale: float | None = None,
     logits_soft_cap: float | None = None,
     lse_cotangent: Any = None,
+    dropout: Any = 1.0,
 ) -> tuple[dict[str, Floats], dict[str, float]]:
     """The output, the log-sum-exp, and the gradient for each array, by name; and the scale of each.
+
+    ``dropout`` is what each weight is multiplied by after softmax.
 
     The scale is the largest sum of the absolute values of all that is added up for one element: a gradient may be next
     to nothing for terms that cancel, and rounding errors follow the terms.
@@ -53,7 +56,8 @@ def defined(
 
     dlse = np.zeros(query.shape[:3]) if lse_cotangent is None else np.asarray(lse_cotangent, np.float64)
     dlse = np.where(there, np.moveaxis(dlse, 2, 1)[..., None], 0)
-    dweights = np.einsum("bqhd,bkhd->bhqk", cotangent, v)
+    kept = weights * dropout
+    dweights = np.einsum("bqhd,bkhd->bhqk", cotangent, v) * dropout
     mean = (weights * dweights).sum(-1, keepdims=True)
     dscores = weights * (dweights - mean + dlse)
     most = weights * (np.abs(dweights) + np.abs(weights * dweights).sum(-1, keepdims=True) + np.abs(dlse))
@@ -68,18 +72,18 @@ def defined(
         return _by_kv_head(np.einsum("bhqk,bqhd->bkhd", weights, cotangent), group)
 
     found = {
-        "out": np.einsum("bhqk,bkhd->bqhd", weights, v),
+        "out": np.einsum("bhqk,bkhd->bqhd", kept, v),
         "lse": np.moveaxis(lse[..., 0], 1, 2),
         "query": of_query(dscores, k),
         "key": of_key(dscores, query),
-        "value": of_value(weights, cotangent),
+        "value": of_value(kept, cotangent),
     }
     terms = {
-        "out": np.abs(value),
+        "out": np.abs(value) * np.max(dropout),
         "lse": np.abs(some_lse) + 1,
         "query": of_query(most, np.abs(k)),
         "key": of_key(most, np.abs(query)),
-        "value": of_value(weights, np.abs(cotangent)),
+        "value": of_value(kept, np.abs(cotangent)),
     }
     if bias is not None:
         found["bias"], terms["bias"] = (_sum_to(x, np.shape(bias)) for x in (dscores, most))

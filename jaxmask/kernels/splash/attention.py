@@ -61,13 +61,16 @@ class SplashAttention:
         query: Float[Array, "*batch heads q dim"],
         key: Float[Array, "*batch kv_heads kv dim"],
         value: Float[Array, "*batch kv_heads kv dim_v"],
+        *,
+        sinks: Float[Array | np.ndarray, "heads"] | None = None,
     ) -> Float[Array, "*batch heads q dim_v"]:
-        """Attention, differentiable in all three.
+        """Attention, differentiable in all arrays.
 
         Args:
             query: ``[batch, heads, q, dim]``, scaled already, as a rule by ``dim ** -0.5``; or ``[heads, q, dim]``
                 where the mask is the same for every example, as splash's own kernel takes it under a ``vmap``.
             key, value: ``[batch, kv_heads, kv, dim]``, where ``kv_heads`` divides ``heads``; of the rank of the query.
+            sinks: a logit for each head, as in :func:`jaxmask.attention`.
 
         Returns:
             ``[batch, heads, q, dim_v]``. A query with no key to attend to gives zero, and zero gradients.
@@ -77,7 +80,7 @@ class SplashAttention:
         """
         batch, heads, query_length, key_length = self.shape
         if query.ndim == 3 and batch == 1:
-            return self(query[None], key[None], value[None])[0]
+            return self(query[None], key[None], value[None], sinks=sinks)[0]
         if query.ndim != 4 or batch not in (1, query.shape[0]) or query.shape[2] != query_length:
             examples = "batch" if batch == 1 else batch
             raise ValueError(
@@ -95,7 +98,10 @@ class SplashAttention:
 
         def of_example(arrays: Any, query: Array, key: Array, value: Array) -> Any:
             kernel, segment_ids, no_key = arrays
-            return kernel(query, key, value, segment_ids, jnp.broadcast_to(no_key, query.shape[0]))
+            no_key = jnp.broadcast_to(no_key, query.shape[0])
+            # With a sink no row is empty.
+            of_heads = no_key if sinks is None else jnp.where(jnp.isnan(no_key), no_key, sinks)
+            return kernel(query, key, value, segment_ids, of_heads)
 
         # Splash takes one example at a time. Arrays that serve every example are not mapped over.
         arrays = self.kernel, self.segment_ids, self.no_key
