@@ -22,7 +22,7 @@ from jax.tree_util import Partial
 from jaxtyping import Array, Float
 
 from jaxmask import checks
-from jaxmask.indices import Index, iota
+from jaxmask.indices import Index, as_4d, iota
 from jaxmask.kernels import scores
 from jaxmask.kernels.call import Arguments, Call, checked_call
 from jaxmask.kernels.dropout import Dropout
@@ -66,9 +66,10 @@ class _Program:
     # second is exact in half precision.
     before: float
     after: float
-    # Functions of the products and a part of the bias that return what softmax takes: with the mask, and without it.
-    masked: Callable[..., Array]
-    unmasked: Callable[..., Array]
+    # Functions of the products and a part of the bias that return what softmax takes, and which keys are read: with the
+    # mask, and without it.
+    masked: Callable[..., Any]
+    unmasked: Callable[..., Any]
 
     def part(self, axes: str, x: Array, place: _Place) -> tuple[tuple[Array, ...], tuple[int, ...]]:
         """The start and the sizes of the part of ``x`` that a step takes. An axis of size 1 serves every index."""
@@ -119,9 +120,8 @@ def _arrange(x: Array, axes: str, to: str) -> Array:
     return x.transpose([axes.index(axis) for axis in to])
 
 
-def _where_read(s: Array, axes: str, x: Array) -> Array:
+def _where_read(is_read: Array, axes: str, x: Array) -> Array:
     """The keys or values, zero where no query of the tile may attend: a weight of 0 would not take NaN away."""
-    is_read = (s != scores.MASKED).any(2)
     return jnp.where(_arrange(is_read[..., None], "bnkd", axes), x, 0)
 
 
@@ -162,10 +162,11 @@ def _scores(
     rows: Array,
     start: Ints,
     is_masked: bool,
-) -> tuple[_Place, Array, Callable[..., Array], tuple[Any, ...]]:
+) -> tuple[_Place, Array, Callable[..., tuple[Array, Array]], tuple[Any, ...]]:
     """Return the range's position, its keys, a scoring function and its arguments.
 
-    The function returns ``[examples, kv_heads, group * queries, keys]``, and is differentiated in its arguments.
+    The function returns the scores ``[examples, kv_heads, group * queries, keys]``, which are differentiated in its
+    arguments, and which keys some query may attend to, ``[examples|1, kv_heads|1, keys]``.
     """
     length = key.shape[program.key.index("k")]
     # A range that would end beyond the last key begins earlier. The mask leaves out the keys before its start.
@@ -179,9 +180,10 @@ def _scores(
     zero = jnp.zeros_like(products, jnp.int32, ())
     indices = [index + zero for index in (*place, start)]
 
-    def score(products: Array, part: Array | None, floats: list[Array]) -> Array:
+    def score(products: Array, part: Array | None, floats: list[Array]) -> tuple[Array, Array]:
         flat = products.reshape(program.examples, -1, program.queries, program.keys)
-        return finish(floats, others, flat, part, *indices).reshape(products.shape)
+        finished, is_read = finish(floats, others, flat, part, *indices)
+        return finished.reshape(products.shape), is_read
 
     return place, keys, score, (products, part, floats)
 
@@ -214,9 +216,9 @@ def _forward(
 
         def step(carry: Any, start: Ints, is_masked: bool) -> Any:
             place, _, score, arguments = _scores(program, key, bias, arrays, tile_place, rows, start, is_masked)
-            s, v = score(*arguments), program.take(program.value, value, place)
+            (s, is_read), v = score(*arguments), program.take(program.value, value, place)
             if is_masked:
-                v = _where_read(s, program.value, v)
+                v = _where_read(is_read, program.value, v)
             highest, *sums = carry
             new_highest = jnp.maximum(highest, s.max(-1))
             weights = jnp.exp(s - new_highest[..., None])
@@ -274,9 +276,9 @@ def _backward(program: _Program, residuals: Any, cotangents: Any) -> Any:
             dq, dk, dv, dbias, dfloats = carry
             place, k, score, arguments = _scores(program, key, bias, arrays, tile_place, rows, start, is_masked)
             v = program.take(program.value, value, place)
-            s, pull = jax.vjp(score, *arguments)
+            s, pull, is_read = jax.vjp(score, *arguments, has_aux=True)
             if is_masked:
-                k, v = _where_read(s, program.key, k), _where_read(s, program.value, v)
+                k, v = _where_read(is_read, program.key, k), _where_read(is_read, program.value, v)
             weights = jnp.exp(s - row_highest[..., None] - row_log_total[..., None])
             dweights = _multiply(f"bnqd,{program.value}->bnqk", drows, v)
             dropped = weights
@@ -316,7 +318,7 @@ def _backward(program: _Program, residuals: Any, cotangents: Any) -> Any:
 _run.defvjp(_forward, _backward)
 
 
-def _close(function: Callable[..., Array], *arguments: Any) -> tuple[Callable[..., Array], Closure]:
+def _close(function: Callable[..., Any], *arguments: Any) -> tuple[Callable[..., Any], Closure]:
     """Return ``function`` as one that takes the arrays it closes over, and these arrays.
 
     A mask or a bias may close over arrays of the program around it, which differentiation must see.
@@ -326,10 +328,10 @@ def _close(function: Callable[..., Array], *arguments: Any) -> tuple[Callable[..
     is_float = [jnp.issubdtype(const.dtype, jnp.floating) for const in consts]
     floats, others = ([x for x, yes in zip(consts, is_float, strict=True) if yes == kind] for kind in (True, False))
 
-    def call(floats: list[Array], others: list[Array], *arguments: Any) -> Array:
+    def call(floats: list[Array], others: list[Array], *arguments: Any) -> Any:
         remaining = {True: iter(floats), False: iter(others)}
         consts = [next(remaining[yes]) for yes in is_float]
-        return jaxpr_as_fun(ClosedJaxpr(closed.jaxpr, consts))(*jax.tree.leaves(arguments))[0]
+        return tuple(jaxpr_as_fun(ClosedJaxpr(closed.jaxpr, consts))(*jax.tree.leaves(arguments)))
 
     return call, (floats, others)
 
@@ -381,7 +383,7 @@ def attend(call: Call, block: tuple[int, int] | None = None) -> Any:
     examples, kv_heads_in_step = batch // steps[0], kv_heads // steps[1]
     ranges = KeyRanges(*(jnp.broadcast_to(x, (*steps, *x.shape[2:])) for x in ranges))
 
-    def finish(products: Array, part: Array | None, *indices: Array, is_masked: bool) -> Array:
+    def finish(products: Array, part: Array | None, *indices: Array, is_masked: bool) -> tuple[Array, Array]:
         example, kv_head, first_query, first_key, start = indices
         b = example + iota(examples, 0) if by_example else iota(batch, 0)
         h = kv_head * group + iota(group, 1) if by_head else iota(heads, 1)
@@ -390,12 +392,15 @@ def attend(call: Call, block: tuple[int, int] | None = None) -> Any:
         kv = first_key + iota(keys, 3)
         if isinstance(bias, Partial):
             part = bias(b, h, q, call.positions.of_keys(b, kv))
-        allowed = None
+        allowed, is_read = None, jnp.ones((1, 1, keys), bool)
         if is_masked:
-            allowed = call.mask.allows(b, h, q, kv)
+            allowed = as_4d(jnp.asarray(call.mask.allows(b, h, q, kv)))
             if ranges.starts.shape[-1] > 1:
                 allowed = allowed & (kv >= start)  # the last range may overlap with the one before
-        return scores.finish(products, call.logits_soft_cap, part, allowed).astype(products.dtype)
+            is_read = jnp.broadcast_to(allowed, (*allowed.shape[:2], queries, keys)).any(2)
+            if is_read.shape[1] > 1:
+                is_read = is_read.reshape(is_read.shape[0], kv_heads_in_step, group, keys).any(2)
+        return scores.finish(products, call.logits_soft_cap, part, allowed).astype(products.dtype), is_read
 
     shape = examples, kv_heads_in_step * group, queries, keys
     products = jnp.zeros_like(query, jnp.promote_types(query.dtype, jnp.float32), shape)

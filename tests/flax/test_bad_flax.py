@@ -32,6 +32,15 @@ def update(cache: Cache, count: int, key: Any = None, value: Any = None) -> Any:
     return cache.layers[0].update(cache.step(count), new if key is None else key, new if value is None else value)
 
 
+NEW = jnp.zeros((2, 2, 2, 4))
+
+
+def attend_with(query: Any, **arguments: Any) -> Any:
+    """Attention of two new tokens."""
+    cache = empty()
+    return cache.layers[0].attend(cache.step(2), query, NEW[:, :, :1], NEW[:, :, :1], Causal(), **arguments)
+
+
 def run(tokens: Any = TOKENS, valid: Any = VALID, **options: Any) -> Any:
     options = {"max_new_tokens": 2} | options
     return generate(MODEL, tokens, valid, **options)
@@ -55,6 +64,14 @@ CACHE = [
     bad("negative-count", lambda: empty().step(np.int64(-2)), VALUE, "count must be at least 1", "got -2"),
     bad("bool-count", lambda: empty().step(True), TYPE, "count must be a Python int", "got True"),
     bad("float-count", lambda: cast(Any, empty().step)(1.0), TYPE, "count must be a Python int", "got 1.0"),
+    bad(
+        "other-queries",
+        lambda: attend_with(NEW[:, :1]),
+        VALUE,
+        "query must have the 2 tokens of the step",
+        r"\[2, 1, 2, 4\]",
+    ),
+    bad("offset-of-a-step", lambda: attend_with(NEW, offset=3), VALUE, "offset must be left out", "the cache knows it"),
     bad("longer-than-the-cache", lambda: empty().step(9), VALUE, "room for 8 tokens", "got 9", "greater length"),
     bad("valid-dtype", lambda: empty().step(3, TOKENS), TYPE, "valid must be bool", r"int32\[2, 3\]"),
     bad(

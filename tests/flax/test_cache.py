@@ -238,6 +238,63 @@ def test_gradients_flow_through_the_cache() -> None:
         np.testing.assert_allclose(cut, right, rtol=1e-5, atol=1e-5)
 
 
+def test_a_layer_takes_the_arguments_of_attention() -> None:
+    query, key, value = text(0, 2, 12)
+    sinks = jnp.array([0.0, 1.0, -1.0, 2.0])
+    how: dict[str, Any] = {"sinks": sinks, "return_residual": True}
+    expected, expected_lse = jaxmask.attention(query, key, value, Causal() & SlidingWindow(5), **how)
+    cache, found = empty(2), []
+    for start, end in ((0, 7), (7, 8), (8, 12)):
+        step = cache.step(end - start)
+        results = [
+            layer.attend(step, *part((query, key, value), start, end), SlidingWindow(5), **how)
+            for layer in cache.layers
+        ]
+        found.append(results[1][0])
+        cache = step.end([layer for _, layer in results])
+    outs, lses = zip(*found, strict=True)
+    np.testing.assert_allclose(jnp.concatenate(outs, 1), expected, atol=2e-6)
+    np.testing.assert_allclose(jnp.concatenate(lses, 1), expected_lse, atol=2e-6)
+
+
+def test_a_layer_drops_the_pairs_of_its_key() -> None:
+    query, key, value = text(0, 2, 12)
+    how: dict[str, Any] = {"dropout_rate": 0.5, "dropout_rng": jax.random.key(0)}
+    step = empty(2, 12).step(12)
+    found, _ = empty(2, 12).layers[0].attend(step, query, key, value, Causal(), **how)
+    np.testing.assert_allclose(found, jaxmask.attention(query, key, value, Causal(), **how), atol=2e-6)
+
+
+def test_queries_of_a_draft_tree_attend_by_their_own_positions() -> None:
+    """Two drafts of the same next token: both stand at position 7, and attend to the seven tokens before them."""
+    query, key, value = text(0, 1, 9)
+    cache = Cache.empty(1, LENGTH, layers=[None], kv_heads=KV_HEADS, dim=DIM)
+    step = cache.step(7)
+    _, layer = cache.layers[0].attend(step, *part((query, key, value), 0, 7), Causal())
+    cache = step.end([layer])
+    positions = jnp.array([6, 6])
+    found, _ = cache.layers[0].attend(
+        cache.step(2), *part((query, key, value), 7, 9), Causal(), query_positions=positions
+    )
+    expected = jaxmask.attention(query[:, 7:], key[:, :7], value[:, :7], Causal(), query_positions=positions)
+    np.testing.assert_allclose(found, expected, atol=2e-6)
+
+
+@pytest.mark.parametrize("poison", [np.nan, np.inf])
+def test_padding_cannot_poison_a_ring_nor_a_layer_that_keeps_all(poison: float) -> None:
+    whole = text(0, 2, 9)
+    valid = np.arange(9) >= np.array([[0], [4]])
+    found = []
+    for content in (0, poison):
+        query, key, value = (jnp.where(valid[:, :, None, None], x, content) for x in whole)
+        query = jnp.where(valid[:, :, None, None], query, 0)  # a query of padding is its own affair
+        outs, cache = run(empty(2), part((query, key, value), 0, 6), valid[:, :6])
+        more, _ = run(cache, part((query, key, value), 6, 9), valid[:, 6:])
+        found.append([*outs, *more])
+    for clean, poisoned in zip(*found, strict=True):
+        np.testing.assert_array_equal(clean, poisoned)
+
+
 def test_positions_are_those_of_what_is_kept() -> None:
     layer = LayerCache(jnp.zeros((3, 4, 1, 1)), jnp.zeros((3, 4, 1, 1)), is_ring=True)
     assert layer.positions(jnp.array([0, 3, 6])).tolist() == [[-4, -3, -2, -1], [0, 1, 2, -1], [4, 5, 2, 3]]
