@@ -16,7 +16,7 @@ LATEST_TESTS := $(addprefix tests/core/test_,$(addsuffix .py,description directi
   tests/kernels tests/flax/test_bad_flax.py tests/flax/test_cache.py jaxmask
 
 # What the fast tests leave to `make test`.
-ELSEWHERE := jit or vmap or shard or gradient or flex or published or deep or import
+ELSEWHERE := jit or vmap or shard or gradient or flex or published or deep or import or every_mode
 
 .PHONY: verify test test-fast test-latest test-tpu bench lint notebooks dist lock clean
 

@@ -202,6 +202,11 @@ def float_dtype(dtype: DTypeLike) -> np.dtype[Any]:
     return resolved
 
 
+def at_least_float32(dtype: DTypeLike) -> np.dtype[Any]:
+    """``dtype``, or float32 where it is narrower. JAX's strict mode promotes neither."""
+    return np.dtype(jnp.float64 if jnp.dtype(dtype) == jnp.float64 else jnp.float32)
+
+
 def broadcasts_to(shape: tuple[int, ...], target: tuple[int, ...]) -> bool:
     """Whether an array of ``shape`` broadcasts to ``target``."""
     trailing = target[len(target) - len(shape) :] if len(shape) <= len(target) else None

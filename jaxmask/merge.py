@@ -52,10 +52,10 @@ def merge_attention(
             f"the same shapes and dtypes, got {described}"
         )
     outs, lses = (jnp.stack(arrays) for arrays in zip(*parts, strict=True))
-    highest = jnp.maximum(lax.stop_gradient(lses).max(0), scores.lowest(lses.dtype))
+    highest = jnp.maximum(lax.stop_gradient(lses).max(0, keepdims=True), scores.lowest(lses.dtype))
     weights = jnp.exp(lses - highest)
-    total = weights.sum(0)
+    total = weights.sum(0, keepdims=True)
     has_keys = total > 0
     total = jnp.where(has_keys, total, 1)
     out = (outs.astype(lses.dtype) * (weights / total)[..., None]).sum(0).astype(outs.dtype)
-    return out, jnp.where(has_keys, highest + jnp.log(total), -jnp.inf)
+    return out, jnp.where(has_keys, highest + jnp.log(total), -jnp.inf)[0]

@@ -68,7 +68,7 @@ class Step(_Pytree):
     @property
     def positions(self) -> Int[Array, "batch q"]:
         """The position of each new token, for rotary embeddings. At padding it means nothing."""
-        return self.offset[:, None] + np.arange(self.count, dtype=np.int32)
+        return self.offset[:, None] + np.arange(self.count, dtype=np.int32)[None]
 
     def is_new(self, positions: Int[Array, "batch kv"]) -> Bool[Array, "batch kv"]:
         """Whether each position is that of a token of this step."""
@@ -100,7 +100,7 @@ class LayerCache(_Pytree):
     def positions(self, tokens: Int[Array, "batch"]) -> Int[Array, "batch slots"]:
         """The position of the key in each slot once a row has ``tokens`` tokens; negative for an empty slot."""
         slots, last = self.key.shape[1], tokens[:, None] - 1
-        return last - (last - np.arange(slots, dtype=np.int32)) % slots
+        return last - (last - np.arange(slots, dtype=np.int32)[None]) % slots
 
     def update(
         self, step: Step, key: Float[Array, "batch q kv_heads dim"], value: Float[Array, "batch q kv_heads dim"]
@@ -150,7 +150,7 @@ class LayerCache(_Pytree):
             start = step.before % slots if self.is_ring else jnp.clip(step.before, 0, slots - count)
             window = jax.vmap(partial(lax.dynamic_slice_in_dim, slice_size=count))(old, start)
             first = step.before if self.is_ring else start
-            positions = first[:, None] + np.arange(count, dtype=np.int32)
+            positions = first[:, None] + np.arange(count, dtype=np.int32)[None]
         index = jnp.clip(positions - step.offset[:, None], 0, count - 1)
         new = jnp.take_along_axis(new, index[..., None, None], 1)
         window = step.or_nan(jnp.where(step.is_new(positions)[..., None, None], new, window))
@@ -322,7 +322,7 @@ def consecutive(
     # NumPy computes at trace time, so that a known array is refused inside a jit, too.
     valid = valid if checks.is_traced(valid) else np.asarray(valid)
     count, padding = valid.sum(1, dtype=np.int32), valid.argmax(1).astype(np.int32)
-    index = np.arange(valid.shape[1]) - padding[:, None]
+    index = np.arange(valid.shape[1], dtype=np.int32)[None] - padding[:, None]
     fits = (valid == ((index >= 0) & (index < count[:, None]))).all(1)
     if not checks.is_traced(fits) and not fits.all():
         raise ValueError(

@@ -422,7 +422,7 @@ def _bias_4d(
 def _bias_of_4d(mask: Mask4D, dtype: np.dtype[Any]) -> Bias4D:
     # PyTorch computes `1.0 - mask` in its own promotion of the mask's dtype, whatever dtype the minimum is taken from.
     is_float = jnp.issubdtype(mask.dtype, jnp.floating)
-    result = checks.float_dtype(mask.dtype if is_float else jnp.promote_types(dtype, jnp.float32))
+    result = checks.float_dtype(mask.dtype if is_float else checks.at_least_float32(dtype))
     if jnp.finfo(dtype).min < jnp.finfo(result).min:
         raise ValueError(
             f"attention_mask is {checks.describe(mask)}, which cannot hold the minimum of {dtype}, the dtype of "

@@ -126,7 +126,7 @@ def _where_read(is_read: Array, axes: str, x: Array) -> Array:
 
 
 def _multiply(axes: str, a: Array, b: Array) -> Array:
-    return jnp.einsum(axes, a, b, preferred_element_type=jnp.promote_types(a.dtype, jnp.float32))
+    return jnp.einsum(axes, a, b, preferred_element_type=checks.at_least_float32(a.dtype))
 
 
 def _for_each_tile(
@@ -135,7 +135,7 @@ def _for_each_tile(
     """Fold ``step(carry, place, ranges of the tile)`` over the tiles of queries."""
     shape = ranges.range_count.shape
 
-    def body(i: Array, carry: Carry) -> Carry:
+    def body(i: Any, carry: Carry) -> Carry:
         # int32 in 64-bit mode too, as the starts of the ranges are.
         example, kv_head, tile = (x.astype(jnp.int32) for x in jnp.unravel_index(i, shape))
         place = _Place(example * program.examples, kv_head * program.kv_heads, tile * program.queries, 0)
@@ -209,7 +209,7 @@ def _forward(
 
     ``arrays`` is what the functions of the program close over, by whether they apply the mask.
     """
-    accumulated = jnp.promote_types(query.dtype, jnp.float32)
+    accumulated = checks.at_least_float32(query.dtype)
 
     def tile(carry: Any, tile_place: _Place, ranges: KeyRanges) -> Any:
         rows = program.rows(query, tile_place) * query.dtype.type(program.before)
@@ -301,14 +301,14 @@ def _backward(program: _Program, residuals: Any, cotangents: Any) -> Any:
         return program.put_rows(total, dq * program.before, tile_place), *sums
 
     def zeros(x: Array) -> Array:
-        return jnp.zeros_like(x, jnp.promote_types(x.dtype, jnp.float32))
+        return jnp.zeros_like(x, checks.at_least_float32(x.dtype))
 
     of_program = {is_masked: floats for is_masked, (floats, _) in arrays.items()}
     across = _arrange(key, program.key, "bndk"), _arrange(value, program.value, "bndk")
     carry = jnp.zeros_like(query), *jax.tree.map(zeros, (*across, bias, of_program))
     dq, dk, dv, *sums = _for_each_tile(program, ranges, tile, carry)
     dk, dv = _arrange(dk, "bndk", program.key), _arrange(dv, "bndk", program.value)
-    dsinks = None if sinks is None else -(jnp.exp(sinks - highest - log_total) * delta).sum((0, 1))
+    dsinks = None if sinks is None else -(jnp.exp(sinks[None, None] - highest - log_total) * delta).sum((0, 1))
     inputs = key, value, bias, of_program, sinks
     cotangents = dk, dv, *sums, dsinks
     dk, dv, dbias, dfloats, dsinks = jax.tree.map(lambda x, like: x.astype(like.dtype), cotangents, inputs)
@@ -325,13 +325,14 @@ def _close(function: Callable[..., Any], *arguments: Any) -> tuple[Callable[...,
     """
     closed = jax.make_jaxpr(function)(*arguments)
     consts = [jnp.asarray(const) for const in closed.consts]
+    jaxpr = closed.jaxpr  # without its constants, which may be tracers that nothing may hold
     is_float = [jnp.issubdtype(const.dtype, jnp.floating) for const in consts]
     floats, others = ([x for x, yes in zip(consts, is_float, strict=True) if yes == kind] for kind in (True, False))
 
     def call(floats: list[Array], others: list[Array], *arguments: Any) -> Any:
         remaining = {True: iter(floats), False: iter(others)}
         consts = [next(remaining[yes]) for yes in is_float]
-        return tuple(jaxpr_as_fun(ClosedJaxpr(closed.jaxpr, consts))(*jax.tree.leaves(arguments)))
+        return tuple(jaxpr_as_fun(ClosedJaxpr(jaxpr, consts))(*jax.tree.leaves(arguments)))
 
     return call, (floats, others)
 
@@ -403,7 +404,7 @@ def attend(call: Call, block: tuple[int, int] | None = None) -> Any:
         return scores.finish(products, call.logits_soft_cap, part, allowed).astype(products.dtype), is_read
 
     shape = examples, kv_heads_in_step * group, queries, keys
-    products = jnp.zeros_like(query, jnp.promote_types(query.dtype, jnp.float32), shape)
+    products = jnp.zeros_like(query, checks.at_least_float32(query.dtype), shape)
     array = part = None
     if bias is not None and not isinstance(bias, Partial):
         array = jnp.asarray(bias)

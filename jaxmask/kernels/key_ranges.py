@@ -61,7 +61,7 @@ def cover(states: States, tile: int, width: int, key_length: int) -> KeyRanges:
     exists = first < kv_tiles
     has_partial = look_up(partial_before, first) < look_up(partial_before, first + tiles_in_range)
     is_full = exists & ~has_partial & (first * tile + width <= key_length)
-    order = xp.argsort(xp.where(exists, is_full, 2), axis=-1, stable=True)
+    order = xp.argsort(xp.where(exists, is_full.astype(np.int8), 2), axis=-1, stable=True)
     starts = xp.take_along_axis(xp.where(exists, first * tile, 0), order, -1)
     return KeyRanges(
         starts.astype(np.int32), (exists & ~is_full).sum(-1, dtype=np.int32), exists.sum(-1, dtype=np.int32)

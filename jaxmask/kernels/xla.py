@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxmask import checks
 from jaxmask.indices import as_4d, iota
 from jaxmask.kernels import scores
 from jaxmask.kernels.call import Call
@@ -22,7 +23,7 @@ def attention(call: Call) -> Any:
         call = replace(call, positions=replace(call.positions, first=jnp.int32(0)))
     q = call.positions.of_queries(b, iota(query_length, 2))
     allowed = as_4d(jnp.asarray(call.mask.allows(b, h, q, kv)))
-    precise = jnp.promote_types(call.query.dtype, jnp.float32)
+    precise = checks.at_least_float32(call.query.dtype)
 
     # What no query may attend to is zero, for a weight of 0 would not take NaN away.
     is_read = allowed.any(2)
@@ -38,7 +39,7 @@ def attention(call: Call) -> Any:
     logits = scores.finish(products, call.logits_soft_cap, bias, allowed)
 
     highest = lax.stop_gradient(logits).max(-1, keepdims=True, initial=scores.lowest(precise))
-    sinks = None if call.sinks is None else jnp.asarray(call.sinks, precise)[:, None, None]
+    sinks = None if call.sinks is None else jnp.asarray(call.sinks, precise)[None, :, None, None]
     if sinks is not None:
         highest = jnp.maximum(highest, lax.stop_gradient(sinks))
     weights = jnp.exp(logits - highest)

@@ -55,7 +55,7 @@ class Padding(Mask):
         refuse_other_keys(self, "valid", self.valid, extent)
 
     def allows(self, b: Index, h: Index, q: Index, kv: Index) -> Allowed:
-        return (lookup(self.valid, b=b, kv=kv) != 0) & inside(kv, self.valid.shape[1])
+        return lookup(self.valid, b=b, kv=kv).astype(bool) & inside(kv, self.valid.shape[1])
 
     def tile_bounds(self, b: Index, h: Index, q: Span, kv: Span) -> Bounds:
         valid = self.allows(b, h, 0, kv.positions)

@@ -23,6 +23,14 @@ from jaxmask.zoo.documents import (
     tree_ancestors,
 )
 from jaxmask.zoo.grids import morton_natten, natten, sta, tiled_natten
+from jaxmask.zoo.packing import (
+    ordered_groups,
+    packed,
+    segment_ids_from_cu_seqlens,
+    segment_ids_from_lengths,
+    segment_ids_from_pad_id,
+    segment_ids_from_position_ids,
+)
 from jaxmask.zoo.tables import Between, Blocks
 from jaxmask.zoo.text import (
     bigbird,
@@ -55,8 +63,14 @@ __all__ = [
     "longformer",
     "morton_natten",
     "natten",
+    "ordered_groups",
+    "packed",
     "prefix_lm",
     "ring_positions",
+    "segment_ids_from_cu_seqlens",
+    "segment_ids_from_lengths",
+    "segment_ids_from_pad_id",
+    "segment_ids_from_position_ids",
     "shared_prefix",
     "sta",
     "streaming_llm",

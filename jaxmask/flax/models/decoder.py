@@ -67,7 +67,7 @@ class Rope:
         frequencies = frequencies / np.float32(self.factor)
         if self.scaling is not None:
             frequencies = self.scaling(frequencies)
-        angles = positions[..., None, None] * jnp.asarray(frequencies, jnp.float32)
+        angles = jnp.asarray(positions, jnp.float32)[..., None, None] * frequencies[None, None, None]
         return jnp.cos(angles), jnp.sin(angles)
 
 
@@ -192,7 +192,7 @@ class Norm(nnx.RMSNorm):
     def __init__(
         self, size: int, config: DecoderConfig, param_dtype: DTypeLike, rngs: nnx.Rngs, *, use_scale: bool = True
     ) -> None:
-        wide = jnp.promote_types(param_dtype, jnp.float32)
+        wide = checks.at_least_float32(param_dtype)
         super().__init__(size, epsilon=config.epsilon, param_dtype=wide, use_scale=use_scale, rngs=rngs)
 
     def __call__(self, x: Float[Array, "..."], mask: Bool[Array, "..."] | None = None) -> Float[Array, "..."]:

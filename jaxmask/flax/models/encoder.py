@@ -133,7 +133,7 @@ class Encoder(nnx.Module):
         mask = Full() if valid is None else Padding(_like(tokens, "valid", valid, "bi"))
         is_token = None if valid is None else jnp.asarray(valid).astype(bool)
         embedded = embed("tokens", tokens, self.words, is_token) + embed("token_types", types, self.types, is_token)
-        hidden = self.norm(embedded + self.positions(jnp.arange(length)))
+        hidden = self.norm(embedded + self.positions(jnp.arange(length)[None]))
         for layer in self.layers:
             hidden = layer(hidden, mask, implementation)
         return hidden
@@ -161,7 +161,7 @@ def mean_pool(hidden: Float[Array | np.ndarray, "batch length dim"], valid: Vali
     checks.array("hidden", hidden, "f", 3)
     counted = jnp.asarray(_like(hidden[..., 0], "valid", valid, "bi"), bool)[..., None]
     # In float32 at least: bfloat16 holds no exact count, and no long sum.
-    total = jnp.where(counted, hidden, 0).sum(1, dtype=jnp.promote_types(hidden.dtype, jnp.float32))
+    total = jnp.where(counted, hidden, 0).sum(1, dtype=checks.at_least_float32(hidden.dtype))
     return (total / jnp.maximum(counted.sum(1), 1)).astype(hidden.dtype)
 
 

@@ -34,7 +34,7 @@ class Linear(nnx.Module):
 
     def __call__(self, x: Float[Array, "... in"]) -> Float[Array, "... out"]:
         out = project(x, self.weight[...])
-        return out if self.bias is None else out + self.bias[...]
+        return out if self.bias is None else out + jnp.expand_dims(self.bias[...], tuple(range(out.ndim - 1)))
 
 
 def embed(
