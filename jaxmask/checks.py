@@ -184,6 +184,17 @@ def array(name: str, value: Any, kinds: str, *ranks: int, hint: str = "") -> Any
     return value
 
 
+def key(name: str, value: Any) -> Any:
+    """``value``, one key of ``jax.random``, of the new kind or the old."""
+    is_key = isinstance(value, jax.Array) and (
+        (jnp.issubdtype(value.dtype, jax.dtypes.prng_key) and value.ndim == 0)
+        or (value.dtype == jnp.uint32 and value.ndim == 1)
+    )
+    if not is_key:
+        raise TypeError(f"{name} must be one key, as of jax.random.key(0), got {describe(value)}")
+    return value
+
+
 def float_dtype(dtype: DTypeLike) -> np.dtype[Any]:
     """``dtype`` as a NumPy dtype, floating and available in this process."""
     try:

@@ -97,7 +97,8 @@ class Description:
             raise ValueError(
                 f"offset is missing: {queries} queries and {keys} keys can be aligned in two ways, which {self!r} "
                 f"tells apart; say offset=0 where the first query is at the first key (top-left), or {bottom_right}"
-                "where the last query is at the last key (bottom-right, a cache)"
+                "where the last query is at the last key (bottom-right); in a cache of fixed size it is the number of "
+                "tokens before the first query (the cache_index of Flax)"
             )
 
     def parts(self) -> "Iterator[Description]":

@@ -102,13 +102,13 @@ class _Program:
         x = jnp.moveaxis(x.reshape(*x.shape[:2], self.kv_heads, self.group, *x.shape[3:]), 1, 3)
         return x.reshape(*x.shape[:2], self.group * self.queries, *x.shape[4:])
 
-    def factor(self, dropout: Dropout, place: _Place) -> Array:
+    def factor(self, dropout: Dropout, dtype: Any, place: _Place) -> Array:
         """What dropout multiplies the weights of a step by, ``[examples, kv_heads, group * queries, keys]``."""
         heads = self.kv_heads * self.group
         starts = place.example, place.kv_head * self.group, place.query, place.key
         sizes = self.examples, heads, self.queries, self.keys
         b, h, q, kv = (start + iota(size, axis) for axis, (start, size) in enumerate(zip(starts, sizes, strict=True)))
-        factor = jnp.broadcast_to(dropout.factor(b, h, q, kv), sizes)
+        factor = jnp.broadcast_to(dropout.factor(dtype, b, h, q, kv), sizes)
         return factor.reshape(self.examples, self.kv_heads, self.group * self.queries, self.keys)
 
     def put_rows(self, total: Array, rows: Array, place: _Place) -> Array:
@@ -224,7 +224,7 @@ def _forward(
             weights = jnp.exp(s - new_highest[..., None])
             total = weights.sum(-1)
             if dropout is not None:
-                weights = weights * program.factor(dropout, place).astype(weights.dtype)
+                weights = weights * program.factor(dropout, weights.dtype, place)
             new_sums = total, _multiply(f"bnqk,{program.value}->bnqd", weights.astype(v.dtype), v)
             if sums:
                 decay = jnp.exp(highest - new_highest)
@@ -283,7 +283,7 @@ def _backward(program: _Program, residuals: Any, cotangents: Any) -> Any:
             dweights = _multiply(f"bnqd,{program.value}->bnqk", drows, v)
             dropped = weights
             if dropout is not None:
-                factor = program.factor(dropout, place).astype(weights.dtype)
+                factor = program.factor(dropout, weights.dtype, place)
                 dropped, dweights = weights * factor, dweights * factor
             ds, dpart, dpart_floats = pull(weights * (dweights - row_delta[..., None]))
             ds = ds * program.after

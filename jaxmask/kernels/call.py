@@ -23,6 +23,8 @@ from jaxmask.tiles import TileMap
 # An array that broadcasts to [batch, heads, q, kv], or a function of positions, to be evaluated where it is needed.
 Bias = Float[Array | np.ndarray, "..."] | Callable[[Index, Index, Index, Index], Float[Array, "..."]]
 
+_DTYPES = (jnp.float16, jnp.bfloat16, jnp.float32, jnp.float64)
+
 # Arguments of other libraries, and what says the same here.
 known_elsewhere = checks.hints(
     is_causal="the mask Causal()",
@@ -99,7 +101,9 @@ class Call:
 
     @property
     def platform(self) -> str:
-        """Where JAX runs by default: ``cpu``, ``gpu``, ``tpu``."""
+        """Where the query is, ``cpu``, ``gpu`` or ``tpu``; where it is traced, what JAX runs on by default."""
+        if isinstance(self.query, jax.Array) and not checks.is_traced(self.query):
+            return next(iter(self.query.devices())).platform
         return jax.default_backend()
 
 
@@ -123,7 +127,10 @@ def checked_call(
 ) -> Call:
     """The arguments, when they are found to fit each other."""
     for name, array in (("query", query), ("key", key), ("value", value)):
-        checks.array(name, array, "f")
+        if checks.array(name, array, "f").dtype not in _DTYPES:
+            raise TypeError(
+                f"{name} must be float16, bfloat16, float32 or float64, got {checks.describe(array)}; cast it by astype"
+            )
     shapes = ", ".join(f"{name} {checks.describe(x)}" for name, x in (("query", query), ("key", key), ("value", value)))
     if not query.ndim == key.ndim == value.ndim == 4:
         raise ValueError(
@@ -232,14 +239,8 @@ def _dropout(rate: float, rng: Any, is_shared: bool) -> Dropout | None:
         return None
     if rng is None:
         raise ValueError(f"dropout_rng is missing: dropout_rate is {rate}, which needs a key, as of jax.random.key(0)")
-    is_key = isinstance(rng, jax.Array) and (
-        (jnp.issubdtype(rng.dtype, jax.dtypes.prng_key) and rng.ndim == 0)
-        or (rng.dtype == jnp.uint32 and rng.ndim == 1)
-    )
-    if not is_key:
-        raise TypeError(f"dropout_rng must be one key, as of jax.random.key(0), got {checks.describe(rng)}")
     # Two words, whatever the generator of the key.
-    return Dropout(jax.random.bits(rng, (2,), jnp.uint32), rate, is_shared)
+    return Dropout(jax.random.bits(checks.key("dropout_rng", rng), (2,), jnp.uint32), rate, is_shared)
 
 
 def _finite(name: str, value: Any) -> float:

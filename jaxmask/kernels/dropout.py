@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, UInt32
+from jaxtyping import Array, DTypeLike, Float, UInt32
 
 from jaxmask.indices import Index
 
@@ -32,14 +32,14 @@ class Dropout:
     rate: float
     is_shared: bool
 
-    def factor(self, b: Index, h: Index, q: Index, kv: Index) -> Float[Array, "batch heads q kv"]:
+    def factor(self, dtype: DTypeLike, b: Index, h: Index, q: Index, kv: Index) -> Float[Array, "batch heads q kv"]:
         """0 where the pair of these indices is dropped, else ``1 / (1 - rate)``."""
         key: Any = self.key
         if not self.is_shared:
             key = threefry(key, b, h)
         bits = threefry(key, q, kv)[0]
         threshold = jnp.uint32(min(round(self.rate * 2**32), 2**32 - 1))
-        return jnp.where(bits < threshold, jnp.float32(0), jnp.float32(1 / (1 - self.rate)))
+        return jnp.where(bits < threshold, 0, jnp.asarray(1 / (1 - self.rate), dtype))
 
 
 def threefry(key: Any, x: Any, y: Any) -> tuple[UInt32[Array, "..."], UInt32[Array, "..."]]:

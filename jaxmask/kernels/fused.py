@@ -26,7 +26,7 @@ def cudnn_lacks(call: Call) -> list[str]:
         "it has no logits_soft_cap": call.logits_soft_cap is not None,
     }
     lacks = _that_hold(limits) + _not_native(call)
-    return lacks or _refusal(_cudnn_with_gradients, call, ValueError, NotImplementedError, RuntimeError)
+    return lacks or _refusal(_with_gradients(cudnn), call, ValueError, NotImplementedError, RuntimeError)
 
 
 def cudnn(call: Call) -> Array:
@@ -34,12 +34,17 @@ def cudnn(call: Call) -> Array:
     return by_jax_nn(call, "cudnn")
 
 
-def _cudnn_with_gradients(call: Call) -> Any:
-    # JAX refuses some calls only where they are differentiated, and a call does not know whether it will be.
-    def attend(query: Array, key: Array, value: Array) -> Array:
-        return cudnn(replace(call, query=query, key=key, value=value))
+def _with_gradients(run: Callable[[Call], Any]) -> Callable[[Call], Any]:
+    """A kernel and its gradients: some calls are refused only there, and a call does not know what will be asked."""
 
-    return jax.vjp(attend, call.query, call.key, call.value)[0]
+    def output_and_gradients(call: Call) -> Any:
+        def attend(query: Array, key: Array, value: Array) -> Array:
+            return run(replace(call, query=query, key=key, value=value))
+
+        out, pull = jax.vjp(attend, call.query, call.key, call.value)
+        return out, pull(out)
+
+    return output_and_gradients
 
 
 def tokamax_lacks(call: Call) -> list[str]:
@@ -52,7 +57,7 @@ def tokamax_lacks(call: Call) -> list[str]:
         ),
     }
     lacks = _that_hold(limits) + _not_native(call)
-    return lacks or _refusal(tokamax, call, NotImplementedError, ExceptionGroup)
+    return lacks or _refusal(_with_gradients(tokamax), call, NotImplementedError, ExceptionGroup)
 
 
 @jax.jit

@@ -50,7 +50,7 @@ def attention(call: Call) -> Any:
     total = jnp.where(has_keys, total, 1)
     weights = weights / total
     if call.dropout is not None:
-        weights = weights * call.dropout.factor(b, h, iota(query_length, 2), kv).astype(precise)
+        weights = weights * call.dropout.factor(precise, b, h, iota(query_length, 2), kv)
     weights = weights.astype(value.dtype).reshape(batch, kv_heads, heads // kv_heads, query_length, key_length)
     out = jnp.einsum("bngqk,bknd->bqngd", weights, value, preferred_element_type=precise)
     out = out.reshape(batch, query_length, heads, dim_v).astype(value.dtype)

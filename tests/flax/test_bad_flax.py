@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 import jaxmask
-from jaxmask import Causal, SlidingWindow
+from jaxmask import Causal, Segments, SlidingWindow
 from jaxmask.flax import Cache, Decoder, DecoderConfig, DecoderLayer, generate, left_pad
 from tests.helpers.bad import bad, refusals
 
@@ -18,6 +18,9 @@ VALUE, TYPE = ValueError, TypeError
 MODEL = Decoder(
     DecoderConfig(16, 8, 16, heads=2, kv_heads=1, head_dim=4, layers=(DecoderLayer(), DecoderLayer(window=4))),
     rngs=nnx.Rngs(0),
+)
+CHUNKED = Decoder(
+    DecoderConfig(16, 8, 16, heads=2, kv_heads=1, head_dim=4, layers=(DecoderLayer(chunk=2),)), rngs=nnx.Rngs(0)
 )
 TOKENS, VALID = left_pad([[1, 2, 3], [4]])
 
@@ -97,6 +100,22 @@ DECODER = [
         VALUE,
         r"positions must have the shape of tokens, \[2, 3\]",
     ),
+    bad(
+        "positions-without-documents",
+        lambda: MODEL(np.array([[1, 2, 3]]), positions=np.array([[0, 1, 0]])),
+        VALUE,
+        "mask is missing",
+        "row 0 at token 2",
+        r"mask=Segments\(ids\)",
+    ),
+    bad(
+        "documents-without-positions",
+        lambda: CHUNKED(np.array([[1, 2, 3]]), mask=Segments(np.array([[0, 0, 1]]))),
+        VALUE,
+        "positions is missing",
+        "chunks",
+        "start of each document",
+    ),
     bad("positions-of-floats", lambda: MODEL(TOKENS, positions=jnp.ones((2, 3))), TYPE, "positions must be integer"),
     bad("rank-1", lambda: MODEL(jnp.zeros(3, int)), VALUE, "tokens must have rank 2", r"tokens\[None\]"),
     bad("valid", lambda: MODEL(TOKENS, VALID[:, :2]), VALUE, r"valid must be \[batch, q\] = \[2, 3\]", r"bool\[2, 2\]"),
@@ -138,6 +157,12 @@ GENERATE = [
     bad("no-token", lambda: run(TOKENS + 14), VALUE, "tokens must be from 0 to 15", "got 15 to 18"),
     bad("negative-token", lambda: run(TOKENS - 2), VALUE, "tokens must be from 0 to 15", "got -1 to 2"),
     bad("none-new", lambda: run(max_new_tokens=0), VALUE, "max_new_tokens must be at least 1"),
+    bad("end-text", lambda: run(end=["a"]), TYPE, r"end\[0\] must be a Python int", "'a'"),
+    bad("end-float", lambda: run(end=[2, 2.0]), TYPE, r"end\[1\] must be a Python int", "2.0"),
+    bad("end-large", lambda: run(end=[2**40]), VALUE, r"end\[0\]", "fit an int32"),
+    bad("end-negative", lambda: run(end=[-1]), VALUE, r"end\[0\] must be at least 0", "-1"),
+    bad("key-int", lambda: run(temperature=1.0, key=3), TYPE, "key must be one key", r"jax.random.key\(0\)", "got 3"),
+    bad("pad-float", lambda: left_pad([[1], [2, 3]], pad=cast(Any, 1.5)), TYPE, "pad must be a Python int", "1.5"),
     bad("short-cache", lambda: run(cache_length=3), VALUE, "cache_length must be at least 4", "3 tokens and 2 new"),
     bad("temperature", lambda: run(temperature=-1.0), VALUE, "temperature must be finite and at least 0", "got -1.0"),
     bad("no-key", lambda: run(temperature=1.0), VALUE, "key is missing", r"jax\.random\.key"),

@@ -70,6 +70,13 @@ DTYPES = [
     ),
     bad("integers", lambda: attend(*(x.astype(int) for x in (Q, K, K))), TYPE, "query must be float", "int32"),
     bad("bools", lambda: attend(value=K > 0), TYPE, "value must be float", "bool"),
+    bad(
+        "eight-bits",
+        lambda: attend(*(x.astype(jnp.float8_e4m3fn) for x in (Q, K, K))),
+        TYPE,
+        "query must be float16, bfloat16, float32 or float64",
+        "float8_e4m3fn",
+    ),
     bad("complex", lambda: attend(key=K.astype(complex)), TYPE, "key must be float", "complex64"),
     bad("list", lambda: attend([[1.0]]), TYPE, "query must be a JAX or NumPy array", "jnp.asarray"),
     bad("none", lambda: jaxmask.attention(Q, K, None), TYPE, "value must be a JAX or NumPy array", "None"),  # pyright: ignore[reportArgumentType]

@@ -50,6 +50,17 @@ def test_output_and_gradients_are_defined(attend: Any, name: str) -> None:
     assert_close(found, expected, 2e-6)
 
 
+@ours
+def test_in_float64_what_is_kept_grows_in_float64(attend: Any) -> None:
+    with jax.enable_x64(True):
+        arrays, cotangent = arrays_of(dtype=jnp.float64)
+        allowed = written_out(MASKS["packed"])
+        dropped = factor(KEY, arrays["query"].shape[0], arrays["query"].shape[2], *allowed.shape[2:])
+        how = {"mask": MASKS["packed"], "offset": OFFSET, "dropout_rate": RATE, "dropout_rng": KEY}
+        found = called(attend, arrays, cotangent, **how)
+    assert_close(found, defined(allowed, cotangent, **arrays, dropout=dropped), 1e-14)
+
+
 def weights_of(attend: Any, keys: int, **how: Any) -> Any:
     """The weights of attention with dropout, relative to those without, ``[batch, q, heads, kv]``."""
     arrays, _ = arrays_of(keys, keys, dim_v=keys)

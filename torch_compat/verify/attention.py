@@ -1,7 +1,8 @@
 """Attention by our kernels and by PyTorch: outputs and gradients, compared with PyTorch's own in float64.
 
 The oracles are ``scaled_dot_product_attention`` and FlexAttention. The first gets a mask that PyTorch writes out, the
-second a ``BlockMask`` of ours. Sums in another order cannot agree bit for bit, so each dtype has a tolerance. What must
+second a ``BlockMask`` of ours. What neither has, sinks and a given dropout, is in the definition, ``eager``.
+Sums in another order cannot agree bit for bit, so each dtype has a tolerance. What must
 be exactly zero has none.
 """
 
@@ -22,15 +23,26 @@ import jaxmask
 from jaxmask.kernels import blocked
 from torch_compat.blocks import to_block_mask
 from torch_compat.bridge import to_torch
-from torch_compat.verify.attention_cases import HEADS, AttentionCall
+from torch_compat.verify.attention_cases import DROPOUT_RATE, HEADS, AttentionCall
 
 # Tiles so small that every case has several.
 BLOCK = (8, 16)
 # Its cases are longer, and the kernel chooses its tiles.
 LONG = "attention_long"
+
+
+def _merged(query: Any, key: Any, value: Any, mask: Any, **arguments: Any) -> Any:
+    """Attention to two halves of the keys, merged. Sinks belong to one of them."""
+    first = jaxmask.Prefix(key.shape[1] // 2)
+    sinks = arguments.pop("sinks")
+    attend: Any = partial(jaxmask.attention, query, key, value, implementation="xla", return_residual=True, **arguments)
+    return jaxmask.merge_attention([attend(mask & first, sinks=sinks), attend(mask & ~first)])[0]
+
+
 IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
     "attention_blocked": partial(blocked.attention, block=BLOCK),
     "attention_xla": partial(jaxmask.attention, implementation="xla"),
+    "attention_merged": _merged,
     LONG: partial(jaxmask.attention, implementation="blocked"),
 }
 OPERATIONS = tuple(IMPLEMENTATIONS)
@@ -43,46 +55,53 @@ TOLERANCES = {
     "float64": 1e-14,
 }
 _HALF = ("float16", "bfloat16")
-NAMES = ("output", "gradient of query", "gradient of key", "gradient of value", "gradient of bias")
+NAMES = ("output", *(f"gradient of {name}" for name in ("query", "key", "value", "bias", "sinks")))
 
 
 @partial(jax.jit, static_argnames=("attend", "scale", "logits_soft_cap"))
 def _output_and_gradients(
-    attend: Callable[..., Any], inputs: Any, cotangent: Any, mask: Any, offset: Any, **numbers: Any
+    attend: Callable[..., Any], inputs: Any, cotangent: Any, mask: Any, offset: Any, key: Any, **numbers: Any
 ) -> Any:
+    dropout: dict[str, Any] = {} if key is None else {"dropout_rate": DROPOUT_RATE, "dropout_rng": key}
+
     def output(inputs: Any) -> Any:
-        query, key, value, *bias = inputs
-        return attend(query, key, value, mask, bias=bias[0] if bias else None, offset=offset, **numbers)
+        arrays = {"bias": None, "sinks": None} | inputs
+        return attend(**arrays, mask=mask, offset=offset, **dropout, **numbers)
 
-    out, gradients = jax.vjp(output, inputs)
-    return out, *gradients(cotangent)[0]
+    out, pull = jax.vjp(output, inputs)
+    return {"output": out, **pull(cotangent)[0]}
 
 
-def _inputs(case: AttentionCall) -> list[np.ndarray]:
-    return [x for x in (case.query, case.key, case.value, case.bias) if x is not None]
+def _inputs(case: AttentionCall) -> dict[str, np.ndarray]:
+    names = ("query", "key", "value", "bias", "sinks")
+    return {name: getattr(case, name) for name in names if getattr(case, name) is not None}
 
 
 def call_jax(operation: str, case: AttentionCall) -> list[torch.Tensor]:
-    """The output and the gradients of query, key, value and bias (if there is one), by one of our implementations."""
+    """The output and the gradients of query, key, value, bias and sinks, of those that there are, by one of ours."""
     results = _output_and_gradients(
         IMPLEMENTATIONS[operation],
-        [jnp.asarray(x) for x in _inputs(case)],
+        {name: jnp.asarray(x) for name, x in _inputs(case).items()},
         jnp.asarray(case.cotangent),
         case.mask,
         case.offset,
+        case.dropout_key,
         scale=case.scale,
         logits_soft_cap=case.logits_soft_cap,
     )
-    return [to_torch(x) for x in results]
+    return [to_torch(results[name]) for name in ("output", *_inputs(case))]
 
 
 def call_torch(oracle: str, case: AttentionCall, dtype: torch.dtype) -> list[torch.Tensor]:
     """The same results by PyTorch, computed in ``dtype``."""
-    arrays = [torch.from_numpy(x.astype(np.float64)).to(dtype) for x in (*_inputs(case), case.cotangent)]
-    *inputs, cotangent = [x.requires_grad_() for x in arrays]
-    query, key, value = (x.transpose(1, 2) for x in inputs[:3])
-    out = ORACLES[oracle](case, query, key, value, *inputs[3:]).transpose(1, 2)
-    return [out.detach(), *torch.autograd.grad(out, inputs, cotangent.detach())]
+
+    def tensor(x: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(x.astype(np.float64)).to(dtype)
+
+    inputs = {name: tensor(x).requires_grad_() for name, x in _inputs(case).items()}
+    arrays = {name: x.transpose(1, 2) if name in ("query", "key", "value") else x for name, x in inputs.items()}
+    out = ORACLES[oracle](case, **arrays).transpose(1, 2)
+    return [out.detach(), *torch.autograd.grad(out, tuple(inputs.values()), tensor(case.cotangent))]
 
 
 def _sdpa(
@@ -112,7 +131,36 @@ def _flex_attention(
     return math_attention(query, key, value, score_mod, block_mask.as_tuple(), scale, {})[0]
 
 
-ORACLES: dict[str, Callable[..., torch.Tensor]] = {"sdpa": _sdpa, "flex_attention": _flex_attention}
+def _eager(
+    case: AttentionCall,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    sinks: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The definition, whose sinks are those of ``modeling_gpt_oss.eager_attention_forward`` in Transformers."""
+    key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
+    scores = query @ key.transpose(2, 3) * (query.shape[3] ** -0.5 if case.scale is None else case.scale)
+    if case.logits_soft_cap is not None:
+        scores = case.logits_soft_cap * torch.tanh(scores / case.logits_soft_cap)
+    if bias is not None:
+        scores = scores + bias
+    allowed = case.allowed()
+    if sinks is None:
+        is_row = allowed.any(3, keepdim=True)
+        weights = torch.where(allowed | ~is_row, scores, -torch.inf).softmax(3) * is_row
+    else:
+        sink = sinks[:, None, None].expand(*scores.shape[:3], 1)
+        weights = torch.cat((torch.where(allowed, scores, -torch.inf), sink), 3).softmax(3)[..., :-1]
+    return (weights * case.dropout()).to(value.dtype) @ value
+
+
+ORACLES: dict[str, Callable[..., torch.Tensor]] = {
+    "sdpa": _sdpa,
+    "flex_attention": _flex_attention,
+    "eager": _eager,
+}
 
 
 @lru_cache(maxsize=1024)
@@ -136,7 +184,9 @@ def compare(oracle: str, case: AttentionCall, ours: list[torch.Tensor]) -> str |
     """
     exact, rounded = _expected(oracle, case)
     largest = max(x.abs().max() for x in exact[1:])
-    for name, x, expected, theirs, is_zero in zip(NAMES, ours, exact, rounded, [*_zeros(case), None], strict=False):
+    names = [name for name in NAMES if name.removeprefix("gradient of ") in ("output", *_inputs(case))]
+    zeros = [*_zeros(case), *(None for _ in names[4:])]
+    for name, x, expected, theirs, is_zero in zip(names, ours, exact, rounded, zeros, strict=True):
         if (str(x.dtype), x.shape) != (f"torch.{case.dtype}", expected.shape):
             return f"{name}: ours {x.dtype}{list(x.shape)}, theirs torch.{case.dtype}{list(expected.shape)}"
         if is_zero is not None and x[is_zero].any():

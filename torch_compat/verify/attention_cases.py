@@ -11,9 +11,12 @@ from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import torch
-from jaxtyping import Float
+from jax.extend.random import threefry_2x32
+from jaxtyping import Float, UInt32
 
 from jaxmask import (
     Causal,
@@ -35,6 +38,7 @@ from torch_compat.verify.cases import DTYPES, Draw
 MaskMod = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 BATCH, HEADS, DIM = 2, 4, 16
+DROPOUT_RATE = 0.25
 # The number of programs for each dtype.
 PROGRAMS = 3
 
@@ -48,6 +52,7 @@ class AttentionCall:
         mask_mod: the same as ``mask``, in PyTorch.
         first: the position of the first query of each example, which is ``offset`` where that is given.
         cotangent: the gradient of a loss with respect to the output.
+        dropout_key: the words of a key, where weights are dropped.
     """
 
     dtype: str
@@ -63,13 +68,17 @@ class AttentionCall:
     first: tuple[int, ...]
     offset: np.ndarray | None
     logits_soft_cap: float | None
+    sinks: Float[np.ndarray, "heads"] | None
+    dropout_key: UInt32[np.ndarray, "2"] | None
 
     # Attention is expected to be near PyTorch's, never to differ in a known way.
     known_difference = False
 
     @property
     def unanswered(self) -> tuple[str, ...]:
-        """The oracles that cannot do this: ``scaled_dot_product_attention`` has no cap of the scores."""
+        """The oracles that cannot do this: neither has sinks or a given dropout, and SDPA has no cap of the scores."""
+        if self.sinks is not None or self.dropout_key is not None:
+            return "sdpa", "flex_attention"
         return () if self.logits_soft_cap is None else ("sdpa",)
 
     def allowed(self) -> torch.Tensor:
@@ -79,13 +88,26 @@ class AttentionCall:
         q = torch.tensor(self.first).view(-1, 1, 1, 1) + torch.arange(query_length)[:, None]
         return self.mask_mod(b, h, q, kv).expand(batch, heads, query_length, key_length)
 
+    def dropout(self) -> torch.Tensor | float:
+        """What each weight is multiplied by, ``[batch, heads, q, kv]``, pair by pair from JAX's own generator."""
+        if self.dropout_key is None:
+            return 1.0
+        sizes = *self.query.shape[:3:2], self.query.shape[1], self.key.shape[1]
+        words = np.asarray(jax.random.bits(jnp.asarray(self.dropout_key), (2,), jnp.uint32))
+        pairs = np.concatenate([x.astype(np.uint32).ravel() for x in np.indices(sizes[2:])])
+        bits = np.empty(sizes, np.uint32)
+        for b, h in np.ndindex(*sizes[:2]):
+            of_head = threefry_2x32(threefry_2x32(words, np.array([b, h], np.uint32)), pairs)
+            bits[b, h] = np.asarray(of_head)[: bits[b, h].size].reshape(sizes[2:])
+        return torch.from_numpy(np.where(bits < round(DROPOUT_RATE * 2**32), 0, 1 / (1 - DROPOUT_RATE)))
+
     def describe(self) -> str:
         """The call in words. The same seed makes it again, with its arrays."""
         bias = None if self.bias is None else list(self.bias.shape)
         return (
             f"attention of {list(self.query.shape)} to {list(self.key.shape)}, values {list(self.value.shape)}, in "
             f"{self.dtype}, first positions {list(self.first)}, scale {self.scale}, cap {self.logits_soft_cap}, bias "
-            f"{bias}, mask {self.mask!r}"
+            f"{bias}, sinks {self.sinks is not None}, dropout {self.dropout_key}, mask {self.mask!r}"
         )
 
 
@@ -100,6 +122,8 @@ class _Program:
     scale: float | None
     logits_soft_cap: float | None
     bias: tuple[bool, ...] | None
+    has_sinks: bool
+    has_dropout: bool
     masks: tuple[str, ...]
     negated: tuple[bool, ...]
     joined: tuple[Callable[[Any, Any], Any], ...]
@@ -183,6 +207,7 @@ def _programs_of_dtype(rng: random.Random, deck: list[str]) -> list[_Program]:
     scales, caps = dealt(None, None, 0.1), dealt(None, None, 2.0)
     # Which of the axes [batch, heads, q, kv] a bias has; the others are 1.
     biases = dealt(None, (True, True, True, True), rng.choice([(False, True, False, True), (True, False, True, True)]))
+    sinks, dropout = dealt(False, False, True), dealt(False, False, True)
     hands = dealt(*([deck.pop() for _ in range(count)] for count in (1, 2, 3)))
     return [
         _Program(
@@ -192,6 +217,8 @@ def _programs_of_dtype(rng: random.Random, deck: list[str]) -> list[_Program]:
             scale=scales[i],
             logits_soft_cap=caps[i],
             bias=biases[i],
+            has_sinks=sinks[i],
+            has_dropout=dropout[i],
             masks=tuple(hands[i]),
             negated=tuple(rng.random() < 0.25 for _ in hands[i]),
             joined=tuple(rng.choice([operator.and_, operator.or_]) for _ in hands[i][1:]),
@@ -227,6 +254,8 @@ def _call(program: _Program, dtype: str, rng: np.random.Generator) -> AttentionC
         first=program.starts or (0,) * BATCH,
         offset=None if program.starts is None else np.array(program.starts, np.int32),
         logits_soft_cap=program.logits_soft_cap,
+        sinks=draw.floats(HEADS) if program.has_sinks else None,
+        dropout_key=rng.integers(0, 2**32, 2, np.uint32) if program.has_dropout else None,
     )
 
 
@@ -274,5 +303,5 @@ def generate_long(dtype: str, seed: int) -> tuple[AttentionCall, ...]:
     query, key, value, cotangent = (
         rng.standard_normal((1, LONG, heads, DIM)).astype(DTYPES[dtype]) for heads in (2, 1, 1, 2)
     )
-    nothing: Any = {"bias": None, "scale": None, "offset": None, "logits_soft_cap": None}
+    nothing: Any = dict.fromkeys(("bias", "scale", "offset", "logits_soft_cap", "sinks", "dropout_key"))
     return (AttentionCall(dtype, ("long",), mask, mask_mod, query, key, value, cotangent, first=(0,), **nothing),)

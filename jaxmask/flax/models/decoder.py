@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal, NamedTuple, SupportsIndex
+from typing import Any, Literal, NamedTuple, SupportsIndex
 
 import jax
 import jax.numpy as jnp
@@ -352,7 +352,7 @@ class Decoder(nnx.Module):
                 "mask and positions need a call without a cache, for a cache knows the positions of its tokens; leave "
                 "them out, or leave the cache out"
             )
-        step = None if cache is None else cache.step(tokens.shape[1], valid)
+        step, is_given = None if cache is None else cache.step(tokens.shape[1], valid), positions is not None
         fits: Array | np.ndarray | None = None
         if step is not None:
             positions = step.positions
@@ -366,6 +366,8 @@ class Decoder(nnx.Module):
                 f"positions must have the shape of tokens, {list(tokens.shape)}, got {checks.describe(positions)}; "
                 "leave them out to count the tokens of each row"
             )
+        if step is None:
+            self._refuse_mixed_documents(mask, positions if is_given else None, valid)
         mask = Full() if mask is None else mask
         context = Context(positions, mask if valid is None else mask & Padding(valid), step, implementation)
         x = embed("tokens", tokens, self.embedding, valid) * self.config.embedding_scale
@@ -385,3 +387,22 @@ class Decoder(nnx.Module):
         if (cap := self.config.logits_cap) is not None:
             logits = cap * jnp.tanh(logits / cap)
         return logits, None if step is None else step.end(layers)
+
+    def _refuse_mixed_documents(self, mask: Mask | None, positions: Any, valid: Any) -> None:
+        """Refuse positions that begin anew without ids of documents, and ids without positions where these matter."""
+        has_ids = mask is not None and any(isinstance(part, Segments) for part in mask.parts())
+        if has_ids and positions is None and any(layer.chunk or layer.temperature for layer in self.config.layers):
+            raise ValueError(
+                "positions is missing: mask has Segments, and layers with chunks or a temperature need the position of "
+                "each token in its own document; say positions=<0, 1, 2, … from the start of each document>"
+            )
+        if mask is None and positions is not None and not any(map(checks.is_traced, (positions, valid))):
+            positions = np.asarray(positions)
+            begins = positions[:, 1:] < positions[:, :-1]
+            begins &= True if valid is None else np.asarray(valid)[:, 1:]
+            if begins.any():
+                row, column = np.argwhere(begins)[0]
+                raise ValueError(
+                    f"mask is missing: positions begin anew in row {row} at token {column + 1}, so that there are "
+                    "several documents, which would attend to each other; say mask=Segments(ids)"
+                )

@@ -54,6 +54,7 @@ def left_pad(prompts: Sequence[Sequence[int] | np.ndarray], pad: int = 0) -> tup
     >>> tokens.tolist(), valid.tolist()
     ([[5, 6, 7], [0, 0, 8]], [[True, True, True], [False, False, True]])
     """
+    pad = checks.integer("pad", pad, -checks.INT32_MAX)
     rows = [np.asarray(prompt) for prompt in prompts]
     if not rows or any(not row.size for row in rows):
         which = f"prompt {[row.size for row in rows].index(0)} is empty" if rows else "there is none"
@@ -65,6 +66,10 @@ def left_pad(prompts: Sequence[Sequence[int] | np.ndarray], pad: int = 0) -> tup
     length = max(map(len, rows))
     tokens = np.stack([np.pad(row, (length - len(row), 0), constant_values=pad) for row in rows]).astype(np.int32)
     return tokens, np.arange(length) >= np.array([[length - len(row)] for row in rows])
+
+
+def _ends(end: Sequence[int]) -> Int[Array, "ends"]:
+    return jnp.asarray([checks.integer(f"end[{i}]", token, 0) for i, token in enumerate(end)], jnp.int32)
 
 
 def generate(
@@ -125,6 +130,8 @@ def generate(
             f"cache_length must be at least {needed}, for prompts of {length} tokens and {new} new ones, got "
             f"{cache_length}; leave it out, or make max_new_tokens smaller"
         )
+    if key is not None:
+        checks.key("key", key)
     if temperature and key is None:
         raise ValueError(f"key is missing: to draw tokens at temperature {temperature}, say key=jax.random.key(seed)")
     if isinstance(end, int | np.integer):
@@ -143,7 +150,7 @@ def generate(
             )
     logits, cache = prefill(graph, state, cache, jnp.asarray(tokens), None if valid is None else jnp.asarray(valid))
     draw = None if not temperature else (key, jnp.float32(temperature), None if top_p is None else jnp.float32(top_p))
-    ends, top_k = jnp.asarray(tuple(end), jnp.int32), None if top_k is None else min(int(top_k), vocab_size)
+    ends, top_k = _ends(end), None if top_k is None else min(int(top_k), vocab_size)
     return decode(graph, state, cache, logits, draw, ends, jnp.int32(pad), new=new, top_k=top_k, on_tokens=on_tokens)[0]
 
 
