@@ -148,15 +148,18 @@ def _allowed(mask: Shaped[Array | np.ndarray, "..."]) -> tuple[Any, Any]:
     checks.array("mask", mask, "bif")
     if mask.dtype == jnp.bool_:
         return mask, True
-    is_legal = jnp.all((mask == 0) | (mask == 1))
-    if not checks.is_traced(is_legal):
-        if not is_legal:
-            raise ValueError(
-                f"mask must be bool, or of 0 and 1, got {checks.describe(mask)} with other values; what is added to "
-                "the scores is not a mask: give it as bias"
-            )
-        return mask != 0, True
-    return mask != 0, is_legal
+    if checks.is_traced(mask):
+        return mask != 0, _is_of_zeros_and_ones(mask)
+    if not checks.known(mask, _is_of_zeros_and_ones):
+        raise ValueError(
+            f"mask must be bool, or of 0 and 1, got {checks.describe(mask)} with other values; what is added to the "
+            "scores is not a mask: give it as bias"
+        )
+    return mask != 0, True
+
+
+def _is_of_zeros_and_ones(mask: Shaped[Array | np.ndarray, "..."]) -> Bool[Array, ""]:
+    return jnp.all((mask == 0) | (mask == 1))
 
 
 def _of_call(mask: Bool[Array, "batch heads q kv"], offset: Offset | None) -> Mask:

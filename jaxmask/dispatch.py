@@ -121,7 +121,8 @@ def attention(
         dropout_rate: the probability that a weight is dropped, after softmax; a Python float. The others grow by
             ``1 / (1 - dropout_rate)``.
         dropout_rng: a key, as of ``jax.random.key(0)``. The same key drops the same pairs by every implementation: they
-            follow from the key and the indices of example, head, query and key.
+            follow from the key and the indices of example, head, query and key in these arrays. In a ``shard_map`` fold
+            the index of the shard into the key.
         broadcast_dropout: whether all examples and heads drop the same pairs, as ``flax`` does by default.
         return_residual: whether to return the log-sum-exp too, by which :func:`merge_attention` joins partial results.
         implementation: ``None`` chooses: a fused kernel of the platform that takes all of the arguments (cuDNN on GPU,

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from jaxmask import checks
 from jaxmask.dispatch import FUSED, LACKS, Implementation, choose
-from jaxmask.kernels.call import Arguments, Call, checked_call, known_elsewhere
+from jaxmask.kernels.call import Arguments, Call, checked_call, is_empty, known_elsewhere
 from jaxmask.kernels.key_ranges import key_ranges_of
 from jaxmask.mask import Mask
 
@@ -46,7 +46,7 @@ class Explanation:
             lines.append("  how many tiles are empty is known only when the program runs, for the mask is traced")
         else:
             lines.append(f"  {self.sparsity:.1%} of the tiles are empty")
-        if self.flops is not None and self.bytes is not None:
+        if self.dense_flops and self.flops is not None and self.bytes is not None:
             lines += [
                 f"  {self.flops:,} FLOPs, {self.flops / self.dense_flops:.1%} of those with all scores",
                 f"  {self.bytes:,} bytes, {self.bytes / self.dense_bytes:.1%} of those with all scores",
@@ -92,16 +92,19 @@ def explain(
     """
     call = checked_call(query, key, value, mask, **arguments)
     chosen, reason = choose(call, implementation)
-    lacks = {name: _unfit(name, call) for name in LACKS if name != chosen}
+    has_pairs = not is_empty(call.query, call.key)
+    lacks = {name: _unfit(name, call) for name in LACKS if has_pairs and name != chosen}
     slow = {"xla": "it writes out all scores", "blocked": "there are too few scores to cut into tiles"}
-    lacks |= {name: [why] for name, why in slow.items() if chosen in slow and name != chosen}
+    lacks |= {name: [why] for name, why in slow.items() if has_pairs and chosen in slow and name != chosen}
     (batch, query_length, heads, dim), (_, key_length, kv_heads, dim_v) = call.query.shape, call.value.shape
     itemsize = call.query.dtype.itemsize
     ends = batch * query_length * heads * (dim + dim_v) * itemsize
     dense_pairs = batch * heads * query_length * key_length
     dense_bytes = ends + batch * key_length * kv_heads * (dim + dim_v) * itemsize + 2 * 4 * dense_pairs
     sparsity = pairs = moved = None
-    if not any(map(checks.is_traced, jax.tree.leaves((call.mask, call.positions)))):
+    if not has_pairs:
+        sparsity = 0.0
+    elif not any(map(checks.is_traced, jax.tree.leaves((call.mask, call.positions)))):
         # The program of attention has every array as its argument, NumPy's too.
         mask, positions = jax.tree.map(jnp.asarray, (call.mask, call.positions))
         call = replace(call, mask=mask, positions=positions)

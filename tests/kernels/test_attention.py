@@ -428,6 +428,8 @@ def test_without_examples_queries_or_keys_the_output_is_that_of_jax_nn(shape: An
     assert not any(np.asarray(x).any() for x in found.values())
     _, lse = attend(**arrays, return_residual=True)
     np.testing.assert_array_equal(lse, np.full((batch, queries, HEADS), -np.inf))
+    explained = jaxmask.explain(**arrays, mask=Causal(), offset=0, implementation=implementation)
+    assert "there is no pair of a query and a key" in str(explained)
 
 
 def test_without_keys_a_sink_is_all() -> None:
