@@ -189,7 +189,7 @@ class LayerCache(_Pytree):
         for name in ("offset", "key_positions"):
             if name in arguments:
                 raise ValueError(f"{name} must be left out, for the cache knows it")
-        if query.shape[1] != step.count:
+        if checks.array("query", query, "f", 4).shape[1] != step.count:
             raise ValueError(f"query must have the {step.count} tokens of the step, got {checks.describe(query)}")
         layer, keys = self.update(step, key, value)
         mask = mask & Window(self.key.shape[1] - 1, None) if self.is_ring else mask
