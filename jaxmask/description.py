@@ -205,12 +205,15 @@ def _says_what_it_takes(init: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(init)
     def checked(self: Description, *args: Any, **kwargs: Any) -> None:
         try:
-            signature.bind(self, *args, **kwargs)
-        except TypeError as error:
-            name, (what, _, _) = type(self).__name__, (type(self).__doc__ or "").partition("\n")
-            takes = ", ".join(list(signature.parameters)[1:])
-            raise TypeError(f"{name} takes ({takes}), but {error}; it means: {what}") from None
-        init(self, *args, **kwargs)
+            init(self, *args, **kwargs)
+        except TypeError:
+            try:
+                signature.bind(self, *args, **kwargs)
+            except TypeError as error:
+                name, (what, _, _) = type(self).__name__, (type(self).__doc__ or "").partition("\n")
+                takes = ", ".join(list(signature.parameters)[1:])
+                raise TypeError(f"{name} takes ({takes}), but {error}; it means: {what}") from None
+            raise
 
     return checked
 

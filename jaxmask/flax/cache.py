@@ -74,9 +74,9 @@ class Step(_Pytree):
         """Whether each position is that of a token of this step."""
         return (positions >= self.before[:, None]) & (positions < self.after[:, None])
 
-    def or_nan(self, array: Float[Array, "batch q heads dim"]) -> Float[Array, "batch q heads dim"]:
+    def or_nan(self, array: Float[Array, "batch *rest"]) -> Float[Array, "batch *rest"]:
         """The array, with NaN in the rows without room."""
-        return jnp.where(self.fits[:, None, None, None], array, jnp.nan)
+        return jnp.where(jnp.expand_dims(self.fits, tuple(range(1, array.ndim))), array, jnp.nan)
 
     def end(self, layers: "Sequence[LayerCache]") -> "Cache":
         """The cache after the step, made of the layers that :meth:`LayerCache.attend` returned."""
@@ -198,10 +198,7 @@ class LayerCache(_Pytree):
         arguments["key_positions"] = keys.key_positions
         attend: Any = attention
         result = attend(query, keys.key, keys.value, mask, implementation=implementation, **arguments)
-        if not arguments.get("return_residual"):
-            return step.or_nan(result), layer
-        output, lse = result
-        return (step.or_nan(output), jnp.where(step.fits[:, None, None], lse, jnp.nan)), layer
+        return jax.tree.map(step.or_nan, result), layer
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=("layers", "tokens"), meta_fields=())

@@ -166,7 +166,7 @@ def _scores(
     """Return the range's position, its keys, a scoring function and its arguments.
 
     The function returns the scores ``[examples, kv_heads, group * queries, keys]``, which are differentiated in its
-    arguments, and which keys some query may attend to, ``[examples|1, kv_heads|1, keys]``.
+    arguments, and which keys some query may attend to, ``[examples|1, kv_heads|1, keys|1]``.
     """
     length = key.shape[program.key.index("k")]
     # A range that would end beyond the last key begins earlier. The mask leaves out the keys before its start.
@@ -393,14 +393,12 @@ def attend(call: Call, block: tuple[int, int] | None = None) -> Any:
         kv = first_key + iota(keys, 3)
         if isinstance(bias, Partial):
             part = bias(b, h, q, call.positions.of_keys(b, kv))
-        allowed, is_read = None, jnp.ones((1, 1, keys), bool)
+        allowed, is_read = None, jnp.ones((1, 1, 1), bool)
         if is_masked:
             allowed = as_4d(jnp.asarray(call.mask.allows(b, h, q, kv)))
             if ranges.starts.shape[-1] > 1:
                 allowed = allowed & (kv >= start)  # the last range may overlap with the one before
-            is_read = jnp.broadcast_to(allowed, (*allowed.shape[:2], queries, keys)).any(2)
-            if is_read.shape[1] > 1:
-                is_read = is_read.reshape(is_read.shape[0], kv_heads_in_step, group, keys).any(2)
+            is_read = scores.read_keys(allowed, kv_heads_in_step)
         return scores.finish(products, call.logits_soft_cap, part, allowed).astype(products.dtype), is_read
 
     shape = examples, kv_heads_in_step * group, queries, keys

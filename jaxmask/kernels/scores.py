@@ -2,7 +2,7 @@
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, DTypeLike, Float, Shaped
+from jaxtyping import Array, Bool, DTypeLike, Float, Shaped
 
 from jaxmask.indices import Allowed
 
@@ -14,6 +14,14 @@ MASKED = -jnp.inf
 def lowest(dtype: DTypeLike) -> float:
     """The lowest that the maximum of a row of scores may be."""
     return float(jnp.finfo(dtype).min)
+
+
+def read_keys(allowed: Bool[Array, "batch heads q kv"], kv_heads: int) -> Bool[Array, "batch kv_heads kv"]:
+    """Which keys some query may attend to. An axis of size 1 serves every example, head or key."""
+    by_head = allowed.any(2)
+    if by_head.shape[1] == 1:
+        return by_head
+    return by_head.reshape(by_head.shape[0], kv_heads, -1, by_head.shape[2]).any(2)
 
 
 def finish(

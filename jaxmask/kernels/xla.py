@@ -26,10 +26,7 @@ def attention(call: Call) -> Any:
     precise = checks.at_least_float32(call.query.dtype)
 
     # What no query may attend to is zero, for a weight of 0 would not take NaN away.
-    is_read = allowed.any(2)
-    if is_read.shape[1] > 1:
-        is_read = is_read.reshape(is_read.shape[0], kv_heads, -1, is_read.shape[2]).any(2)
-    is_read = is_read.swapaxes(1, 2)[..., None]
+    is_read = scores.read_keys(allowed, kv_heads).swapaxes(1, 2)[..., None]
     key, value = (jnp.where(is_read, x, 0) for x in (call.key, call.value))
 
     query = call.query.reshape(batch, query_length, kv_heads, heads // kv_heads, dim)

@@ -123,7 +123,7 @@ def segment_ids_from_position_ids(position_ids: Integer[Array | np.ndarray, "bat
     """
     positions = checks.int32("position_ids", checks.array("position_ids", position_ids, "i", 2), 0)
     xp = library(positions)
-    begins = xp.concatenate((positions[:, :1] != positions[:, :1], xp.diff(positions, axis=1) != 1), axis=1)
+    begins = xp.diff(positions, axis=1, prepend=positions[:, :1] - 1) != 1
     if isinstance(positions, np.ndarray):
         wrong = (begins | (np.arange(positions.shape[1]) == 0)) & (positions != 0)
         if wrong.any():

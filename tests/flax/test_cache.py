@@ -266,7 +266,7 @@ def test_a_layer_drops_the_pairs_of_its_key() -> None:
 
 
 def test_queries_of_a_draft_tree_attend_by_their_own_positions() -> None:
-    """Two drafts of the same next token: both stand at position 7, and attend to the seven tokens before them."""
+    """Two drafts of the next token, both read at position 6, attend to the seven tokens before, not to each other."""
     query, key, value = text(0, 1, 9)
     cache = Cache.empty(1, LENGTH, layers=[None], kv_heads=KV_HEADS, dim=DIM)
     step = cache.step(7)

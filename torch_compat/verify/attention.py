@@ -1,9 +1,8 @@
 """Attention by our kernels and by PyTorch: outputs and gradients, compared with PyTorch's own in float64.
 
 The oracles are ``scaled_dot_product_attention`` and FlexAttention. The first gets a mask that PyTorch writes out, the
-second a ``BlockMask`` of ours. What neither has, sinks and a given dropout, is in the definition, ``eager``.
-Sums in another order cannot agree bit for bit, so each dtype has a tolerance. What must
-be exactly zero has none.
+second a ``BlockMask`` of ours. What neither has, sinks and a given dropout, is in the definition, ``eager``. Sums in
+another order cannot agree bit for bit, so each dtype has a tolerance. What must be exactly zero has none.
 """
 
 from collections.abc import Callable
