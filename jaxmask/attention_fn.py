@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Array, Bool, DTypeLike, Float, Shaped
 
 from jaxmask import checks, indices
-from jaxmask.dispatch import Implementation, attention
+from jaxmask.dispatch import Implementation, Sharding, attention
 from jaxmask.mask import Full, Mask
 from jaxmask.masks import Causal, Dense
 from jaxmask.positions import KeyPositions, Offset, QueryPositions
@@ -22,6 +22,7 @@ def make_attention_fn(
     query_positions: QueryPositions | None = None,
     key_positions: KeyPositions | None = None,
     sinks: Float[Array | np.ndarray, "heads"] | None = None,
+    sharding: Sharding | None = None,
     implementation: Implementation | None = None,
 ) -> "AttentionFn":
     """Make an ``attention_fn`` for ``MultiHeadAttention`` of ``flax.linen`` and ``flax.nnx`` that attends by a mask.
@@ -37,7 +38,7 @@ def make_attention_fn(
 
     Args:
         description: the keys that a query attends to; ``None`` for all.
-        offset, query_positions, key_positions, sinks, implementation: as in :func:`attention`.
+        offset, query_positions, key_positions, sinks, sharding, implementation: as in :func:`attention`.
 
     Returns:
         A function of query, key and value, ``[..., length, heads, dim]``. Functions of equal arguments are equal, so
@@ -58,6 +59,7 @@ def make_attention_fn(
         "query_positions": query_positions,
         "key_positions": key_positions,
         "sinks": sinks,
+        "sharding": sharding,
         "implementation": implementation,
     }
     return AttentionFn(Full() if description is None else description, arguments)

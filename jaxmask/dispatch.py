@@ -5,15 +5,17 @@ from typing import Any, Literal, overload
 
 import jax
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, PRNGKeyArray, UInt32
 
-from jaxmask import checks
+from jaxmask import checks, spmd
 from jaxmask.kernels import blocked, fused, xla
 from jaxmask.kernels.call import Bias, Call, checked_call, is_empty, known_elsewhere
 from jaxmask.mask import Mask
 from jaxmask.positions import KeyPositions, Offset, QueryPositions
 
 Implementation = Literal["cudnn", "tokamax", "splash", "xla", "blocked"]
+Sharding = PartitionSpec | NamedSharding
 
 RUN: dict[str, Callable[[Call], Any]] = {
     "cudnn": fused.cudnn,
@@ -27,8 +29,11 @@ LACKS: dict[str, Callable[[Call], list[str]]] = {
     "tokamax": fused.tokamax_lacks,
     "splash": fused.splash_lacks,
 }
+# What is written here, in JAX.
+OURS = ("xla", "blocked")
 # Which kernels to try on a platform, the best first.
 FUSED = {"gpu": ("cudnn", "tokamax"), "tpu": ("splash", "tokamax")}
+CANNOT_DIVIDE = "XLA cannot divide it over devices: say sharding=, that of the query"
 # Up to so many queries and keys, there is nothing to gain by cutting the scores into tiles.
 _SMALL = 128
 
@@ -51,6 +56,7 @@ def attention(
     dropout_rng: PRNGKeyArray | UInt32[Array, "words"] | None = None,
     broadcast_dropout: bool = False,
     return_residual: Literal[False] = False,
+    sharding: Sharding | None = None,
     implementation: Implementation | None = None,
 ) -> Float[Array, "batch q heads dim_v"]: ...
 @overload
@@ -71,6 +77,7 @@ def attention(
     dropout_rng: PRNGKeyArray | UInt32[Array, "words"] | None = None,
     broadcast_dropout: bool = False,
     return_residual: Literal[True],
+    sharding: Sharding | None = None,
     implementation: Implementation | None = None,
 ) -> tuple[Float[Array, "batch q heads dim_v"], Float[Array, "batch q heads"]]: ...
 @known_elsewhere
@@ -91,6 +98,7 @@ def attention(
     dropout_rng: PRNGKeyArray | UInt32[Array, "words"] | None = None,
     broadcast_dropout: bool = False,
     return_residual: bool = False,
+    sharding: Sharding | None = None,
     implementation: Implementation | None = None,
 ) -> Any:
     """Scaled dot-product attention, of every query to the keys that the mask lets it attend to.
@@ -125,6 +133,11 @@ def attention(
             the index of the shard into the key.
         broadcast_dropout: whether all examples and heads drop the same pairs, as ``flax`` does by default.
         return_residual: whether to return the log-sum-exp too, by which :func:`merge_attention` joins partial results.
+        sharding: how the query is divided over the devices of a mesh, where the axes of the mesh are automatic: such as
+            ``P("data", None, "model", None)`` for its examples and heads, on the mesh of ``jax.set_mesh``, or a
+            ``NamedSharding``. Each device then computes its own part, with the best kernel for it, and sends nothing;
+            ``P()`` where there is one device. Explicit axes need none of it, for the type of the query says the same.
+            With neither, where several devices may take part, an implementation is chosen that XLA can divide.
         implementation: ``None`` chooses: a fused kernel of the platform that takes all of the arguments (cuDNN on GPU,
             splash on TPU, tokamax on both if installed), else ``"xla"`` where there are few queries and keys, else
             ``"blocked"``. A name forces one.
@@ -171,7 +184,11 @@ def attention(
         broadcast_dropout=broadcast_dropout,
         return_residual=return_residual,
     )
-    return RUN[choose(call, implementation)[0]](call)
+    call, placement = spmd.placed(call, sharding)
+    if placement is None:
+        return RUN[choose(call, implementation)[0]](call)
+    name, _ = spmd.ask_shard(call, placement, lambda part: choose(part, implementation))
+    return spmd.attend(call, placement, RUN[name], name in OURS)
 
 
 def choose(call: Call, implementation: str | None) -> tuple[str, str]:
@@ -193,8 +210,15 @@ def choose(call: Call, implementation: str | None) -> tuple[str, str]:
     if any(map(jax.export.is_symbolic_dim, (query_length, key_length))):
         return "xla", "the lengths are symbolic, and no tile could have a number of queries and keys"
     for name in FUSED.get(call.platform, ()):
-        if not LACKS[name](call):
+        # XLA can divide cuDNN's kernel, and no other.
+        if (name == "cudnn" or not call.is_left_to_xla) and not LACKS[name](call):
             return name, f"it is a fused kernel of the {call.platform.upper()}, and takes all of the arguments"
     if max(query_length, key_length) <= _SMALL:
         return "xla", f"at most {_SMALL} queries and keys are too few to gain by tiles"
-    return "blocked", f"more than {_SMALL} queries or keys: it skips empty tiles, and writes no scores out"
+    reason = f"more than {_SMALL} queries or keys: it skips empty tiles, and writes no scores out"
+    if call.is_left_to_xla:
+        reason += (
+            "; XLA can divide it over the examples and heads, but it skips only the tiles that are known to be empty "
+            "while tracing: with sharding=, that of the query, it skips those of each example"
+        )
+    return "blocked", reason

@@ -6,8 +6,8 @@ from typing import Any, Unpack
 import jax
 import jax.numpy as jnp
 
-from jaxmask import checks
-from jaxmask.dispatch import FUSED, LACKS, Implementation, choose
+from jaxmask import checks, spmd
+from jaxmask.dispatch import CANNOT_DIVIDE, FUSED, LACKS, Implementation, Sharding, choose
 from jaxmask.kernels.call import Arguments, Call, checked_call, is_empty, known_elsewhere
 from jaxmask.kernels.key_ranges import key_ranges_of
 from jaxmask.mask import Mask
@@ -28,6 +28,8 @@ class Explanation:
         bytes: read and written: query and output once, and for each tile of queries the keys and values of its ranges;
             with all scores besides, written and read, where it is ``"xla"``.
         dense_bytes: the same with all scores written out.
+        devices: how the call is divided over the devices of a mesh, in words; ``None`` where it is not. The numbers are
+            those of the whole.
     """
 
     implementation: str
@@ -38,9 +40,11 @@ class Explanation:
     dense_flops: int
     bytes: int | None
     dense_bytes: int
+    devices: str | None
 
     def __repr__(self) -> str:
         lines = [f"{self.implementation}: {self.reason}"]
+        lines += [f"  {self.devices}"] if self.devices is not None else []
         lines += [f"  not {name}: {'; '.join(lacks)}" for name, lacks in self.lacks.items() if lacks]
         if self.sparsity is None:
             lines.append("  how many tiles are empty is known only when the program runs, for the mask is traced")
@@ -61,6 +65,7 @@ def explain(
     value: Any,
     mask: Mask | None = None,
     *,
+    sharding: Sharding | None = None,
     implementation: Implementation | None = None,
     **arguments: Unpack[Arguments],
 ) -> Explanation:
@@ -68,7 +73,7 @@ def explain(
 
     Args:
         query, key, value: arrays, or their shapes as ``jax.ShapeDtypeStruct``.
-        mask, implementation: as in :func:`attention`.
+        mask, sharding, implementation: as in :func:`attention`.
         **arguments: the others of :func:`attention`.
 
     Returns:
@@ -91,9 +96,16 @@ def explain(
       134,217,728 bytes, 3.1% of those with all scores
     """
     call = checked_call(query, key, value, mask, **arguments)
-    chosen, reason = choose(call, implementation)
+    call, placement = spmd.placed(call, sharding)
     has_pairs = not is_empty(call.query, call.key)
-    lacks = {name: _unfit(name, call) for name in LACKS if has_pairs and name != chosen}
+
+    def judged(call: Call) -> tuple[tuple[str, str], dict[str, list[str]]]:
+        chosen = choose(call, implementation)
+        return chosen, {name: _unfit(name, call) for name in LACKS if has_pairs and name != chosen[0]}
+
+    # What each device has to do, which is what an implementation must take.
+    (chosen, reason), lacks = judged(call) if placement is None else spmd.ask_shard(call, placement, judged)
+    devices = None if placement is None else str(placement)
     slow = {"xla": "it writes out all scores", "blocked": "there are too few scores to cut into tiles"}
     lacks |= {name: [why] for name, why in slow.items() if has_pairs and chosen in slow and name != chosen}
     (batch, query_length, heads, dim), (_, key_length, kv_heads, dim_v) = call.query.shape, call.value.shape
@@ -118,10 +130,11 @@ def explain(
         pairs, moved = dense_pairs, dense_bytes
     flops_of_pair = 2 * (dim + dim_v)
     flops = None if pairs is None else flops_of_pair * pairs
-    return Explanation(chosen, reason, lacks, sparsity, flops, flops_of_pair * dense_pairs, moved, dense_bytes)
+    return Explanation(chosen, reason, lacks, sparsity, flops, flops_of_pair * dense_pairs, moved, dense_bytes, devices)
 
 
 def _unfit(name: str, call: Call) -> list[str]:
     made_for = [platform.upper() for platform, names in FUSED.items() if name in names]
     elsewhere = [] if call.platform.upper() in made_for else [f"it is made for {' and '.join(made_for)}"]
+    elsewhere += [CANNOT_DIVIDE] if call.is_left_to_xla and name != "cudnn" else []
     return elsewhere + [lack for lack in LACKS[name](call) if not (elsewhere and lack.startswith("it needs"))]

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Int
 from numpy.lib.mixins import NDArrayOperatorsMixin
 
@@ -140,6 +141,7 @@ def lookup(array: Any, **indices: Index) -> Any:
     for (axis, size), index in zip(sizes.items(), indices.values(), strict=True):
         if size == 1 or _is_whole(index, axis, size):
             continue
+        array = unsharded(array, axis)
         if isinstance(index, Run) and index.axis == axis:
             array = _slice(array, axis, index)
         else:
@@ -150,11 +152,38 @@ def lookup(array: Any, **indices: Index) -> Any:
         ((axis, index),) = gathered.items()
         if np.shape(index) == along(axis, np.size(index)):
             return array.take(index.reshape(-1), axis, mode="clip")
-    # The axes that are not gathered have their own index, which runs along them.
-    at = [gathered.get(axis, 0 if size == 1 else iota(size, axis)) for axis, size in enumerate(array.shape)]
     if isinstance(array, np.ndarray):
+        # The axes that are not gathered have their own index, which runs along them.
+        at = [gathered.get(axis, 0 if size == 1 else iota(size, axis)) for axis, size in enumerate(array.shape)]
         return array[tuple(np.clip(index, 0, size - 1) for size, index in zip(array.shape, at, strict=True))]
-    return array.at[tuple(at)].get(mode="clip")
+    return _gather(array, gathered)
+
+
+def _gather(array: Array, at: dict[int, Any]) -> Array:
+    """The elements at the indices along some axes; along the others each has its own, and they may be sharded."""
+    own = [axis for axis, size in enumerate(array.shape) if axis not in at and size > 1]
+    at = {axis: as_4d(jnp.asarray(index)) for axis, index in at.items()} if own else at
+
+    def gather(array: Array, found: dict[int, Any]) -> Array:
+        axes = (axis for axis in range(4) if axis not in own)
+        return array.at[tuple(found.get(axis, 0) for axis in axes)].get(mode="clip")
+
+    # The last axis first, so that the numbers of those before it stay.
+    for axis in own:
+        varies = {key: axis if np.shape(index)[axis] > 1 else None for key, index in at.items()}
+        gather = jax.vmap(gather, (axis, varies), axis)
+    for axis in reversed(own):
+        at = {key: index if np.shape(index)[axis] > 1 else index.squeeze(axis) for key, index in at.items()}
+    return gather(array, at)
+
+
+def unsharded(array: Any, axis: int) -> Any:
+    """The array, which every device then has whole along this axis: on a mesh with explicit axes this must be said."""
+    at = None if isinstance(array, np.ndarray) else jax.typeof(array).sharding
+    if at is None or AxisType.Explicit not in at.mesh.axis_types or at.spec[axis] is None:
+        return array
+    spec = PartitionSpec(*(None if i == axis else names for i, names in enumerate(at.spec)))
+    return jax.sharding.reshard(array, NamedSharding(at.mesh, spec))
 
 
 def _slice(array: Any, axis: int, run: Run) -> Any:

@@ -8,8 +8,9 @@ what a fused kernel can take of it.
 import operator
 from collections.abc import Callable, Sequence
 from functools import reduce
-from typing import ClassVar, NoReturn, dataclass_transform
+from typing import Any, ClassVar, NoReturn, dataclass_transform
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, DTypeLike, Float
 
@@ -415,6 +416,20 @@ class _Occupied(Mask):
 
     def tile_bounds(self, b: Index, h: Index, q: Span, kv: Span) -> Bounds:
         return kv.max >= 0, kv.min >= 0
+
+
+class Unknown(Mask):
+    """A mask of which only the tiles are asked, and nothing is known."""
+
+
+def without_arrays(mask: Mask) -> Mask:
+    """The mask with each part that holds a JAX array taken for unknown."""
+
+    def holds_array(node: Any) -> bool:
+        children = jax.tree.leaves(node, is_leaf=lambda child: child is not node and isinstance(child, Mask))
+        return isinstance(node, Mask) and any(isinstance(child, jax.Array) for child in children)
+
+    return jax.tree.map(lambda node: Unknown() if holds_array(node) else node, mask, is_leaf=holds_array)
 
 
 def common_shape(masks: Sequence[Mask], joined: str) -> checks.Shape:

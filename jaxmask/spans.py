@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Array, Int
 
 from jaxmask import checks
-from jaxmask.indices import Allowed, library
+from jaxmask.indices import Allowed, library, unsharded
 
 # Whether some pair of each tile may attend, and whether every pair may.
 Bounds = tuple[Allowed, Allowed]
@@ -66,7 +66,7 @@ class Span:
             return values  # the same for every position
         # The last tile may be ragged. Its last value is repeated, which changes neither minimum nor maximum. `pad`
         # would do the same, but it slices every axis, a sharded one too.
-        xp = library(values)
+        xp, values = library(values), unsharded(values, self.axis)
         last = values[(slice(None),) * self.axis + (slice(-1, None),)]
         missing = -values.shape[self.axis] % self.size
         values = xp.concatenate((values, xp.repeat(last, missing, self.axis)), self.axis)

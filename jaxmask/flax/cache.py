@@ -16,7 +16,7 @@ from jax import lax
 from jaxtyping import Array, Bool, DTypeLike, Float, Int
 
 from jaxmask import checks
-from jaxmask.dispatch import Implementation, attention
+from jaxmask.dispatch import Implementation, Sharding, attention
 from jaxmask.kernels.call import Arguments
 from jaxmask.mask import Mask
 from jaxmask.masks import Window
@@ -166,6 +166,7 @@ class LayerCache(_Pytree):
         value: Float[Array, "batch q kv_heads dim"],
         mask: Mask,
         *,
+        sharding: Sharding | None = None,
         implementation: Implementation | None = None,
         **arguments: Unpack[Arguments],
     ) -> tuple[Any, "LayerCache"]:
@@ -176,7 +177,7 @@ class LayerCache(_Pytree):
             query, key, value: of the new tokens.
             mask: the keys that a query attends to, by position. Padding, empty slots, and in a ring all keys before the
                 window are left out.
-            implementation: as in :func:`jaxmask.attention`.
+            sharding, implementation: as in :func:`jaxmask.attention`.
             **arguments: the others of :func:`jaxmask.attention`, but ``offset`` and ``key_positions``, which the cache
                 knows. ``query_positions`` are those of new tokens that do not follow each other.
 
@@ -197,7 +198,8 @@ class LayerCache(_Pytree):
             arguments["offset"] = keys.offset
         arguments["key_positions"] = keys.key_positions
         attend: Any = attention
-        result = attend(query, keys.key, keys.value, mask, implementation=implementation, **arguments)
+        how = {"sharding": sharding, "implementation": implementation, **arguments}
+        result = attend(query, keys.key, keys.value, mask, **how)
         return jax.tree.map(step.or_nan, result), layer
 
 

@@ -377,7 +377,9 @@ def attend(call: Call, block: tuple[int, int] | None = None) -> Any:
     ranges, queries, keys = key_ranges_of(call, block)
     has_many_tiles = ranges.range_count.shape[2] > 1
     # On a CPU, the scores of one example at a time stay in the cache.
-    by_example = ranges.range_count.shape[0] > 1 or (query_length > 1 and call.platform == "cpu")
+    by_example = ranges.range_count.shape[0] > 1 or (
+        query_length > 1 and call.platform == "cpu" and not call.is_left_to_xla
+    )
     by_head = ranges.range_count.shape[1] > 1
     # How many steps the examples and the heads of keys take, and how many of them are in a step.
     steps = batch if by_example else 1, kv_heads if by_head else 1

@@ -9,6 +9,7 @@ from typing import Any, TypedDict
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import AxisType
 from jaxtyping import Array, Float
 
 from jaxmask import checks, indices
@@ -60,7 +61,7 @@ class Arguments(TypedDict, total=False):
 @partial(
     jax.tree_util.register_dataclass,
     data_fields=("query", "key", "value", "mask", "bias", "positions", "sinks", "dropout"),
-    meta_fields=("scale", "logits_soft_cap", "return_residual"),
+    meta_fields=("scale", "logits_soft_cap", "return_residual", "is_left_to_xla"),
 )
 @dataclass(frozen=True, eq=False)
 class Call:
@@ -76,6 +77,7 @@ class Call:
         dropout: ``None`` where no pair is dropped.
         scale, logits_soft_cap: of the scores.
         return_residual: whether the result is the output and the log-sum-exp, or the output alone.
+        is_left_to_xla: whether XLA may divide the call over devices, along its examples and heads.
     """
 
     query: Any
@@ -89,6 +91,7 @@ class Call:
     scale: float
     logits_soft_cap: float | None
     return_residual: bool
+    is_left_to_xla: bool
 
     def split(self) -> Split[Mask]:
         """What of the mask a kernel can take in its own arguments."""
@@ -199,6 +202,20 @@ def checked_call(
         scale=factor,
         logits_soft_cap=logits_soft_cap,
         return_residual=return_residual,
+        is_left_to_xla=_is_left_to_xla(query),
+    )
+
+
+def _is_left_to_xla(query: Any) -> bool:
+    """Whether several devices may take part, and nothing says in which part of the call each does."""
+    if isinstance(query, jax.Array) and not checks.is_traced(query):
+        return len(query.sharding.device_set) > 1
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return checks.is_traced(query) and jax.device_count() > 1
+    return any(
+        kind == AxisType.Auto and mesh.shape[axis] > 1
+        for axis, kind in zip(mesh.axis_names, mesh.axis_types, strict=True)
     )
 
 

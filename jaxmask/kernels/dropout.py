@@ -17,7 +17,11 @@ from jaxmask.indices import Index
 _ROTATIONS = (13, 15, 26, 6), (17, 29, 16, 24)
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=("key",), meta_fields=("rate", "is_shared"))
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("key", "first_example", "first_head"),
+    meta_fields=("rate", "is_shared"),
+)
 @dataclass(frozen=True, eq=False)
 class Dropout:
     """Dropout of attention weights. A pytree.
@@ -26,17 +30,20 @@ class Dropout:
         key: the seed, uint32 ``[2]``.
         rate: the probability that a pair is dropped; static.
         is_shared: whether all examples and heads drop the same pairs; static.
+        first_example, first_head: what the indices of examples and heads are counted from, in a shard.
     """
 
     key: Any
     rate: float
     is_shared: bool
+    first_example: Any = 0
+    first_head: Any = 0
 
     def factor(self, dtype: DTypeLike, b: Index, h: Index, q: Index, kv: Index) -> Float[Array, "batch heads q kv"]:
         """0 where the pair of these indices is dropped, else ``1 / (1 - rate)``."""
         key: Any = self.key
         if not self.is_shared:
-            key = threefry(key, b, h)
+            key = threefry(key, b + self.first_example, h + self.first_head)
         bits = threefry(key, q, kv)[0]
         threshold = jnp.uint32(min(round(self.rate * 2**32), 2**32 - 1))
         return jnp.where(bits < threshold, 0, jnp.asarray(1 / (1 - self.rate), dtype))

@@ -3,6 +3,7 @@
 They cover the tiles of a mask that are not EMPTY, in NumPy where these are known at trace time, else in the program.
 """
 
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ from jaxtyping import Array, Int, Int8
 
 from jaxmask import indices
 from jaxmask.kernels.call import Call
+from jaxmask.mask import Unknown, without_arrays
 from jaxmask.tiles import EMPTY, FULL
 
 Ints = Int[Array | np.ndarray, "..."]
@@ -87,6 +89,12 @@ def key_ranges_of(call: Call, block: tuple[int, int] | None = None) -> tuple[Key
 def _states(call: Call, block: tuple[int, int]) -> States:
     """The states of the tiles, ``[batch|1, kv_heads|1, q_tiles, kv_tiles]``."""
     query_length, kv_heads = call.query.shape[1], call.key.shape[2]
+    if call.is_left_to_xla:
+        # Every device walks the tiles of all examples and heads: those that are known without looking at their arrays.
+        at = call.positions
+        is_known = at.queries is None and at.keys is None and np.ndim(at.start) == 0
+        call = replace(call, mask=without_arrays(call.mask) if is_known else Unknown())
+        return _union(call.tiles(block).states, (0, 1))[None, None]
     states: Any = call.tiles(block).states
     if states.shape[1] > 1:
         states = _union(states.reshape(states.shape[0], kv_heads, -1, *states.shape[2:]), 2)

@@ -517,6 +517,27 @@ def test_a_mask_sharded_over_the_batch_is_read_without_communication(name: str, 
     assert [name for name in collectives if name in program] == []
 
 
+@pytest.mark.parametrize("name", ["padding", "segments", "segments-pair", "dense"])
+def test_a_mask_sharded_over_the_sequence_is_read(name: str) -> None:
+    mesh = jax.make_mesh((8,), ("sequence",), axis_types=(AxisType.Explicit,))
+    valid = jnp.asarray(np.arange(LENGTH) >= np.arange(2)[:, None])
+    ids = jnp.asarray(np.arange(LENGTH) // np.array([[3], [5]]))
+    leaves = {
+        "padding": Padding(valid),
+        "segments": Segments(ids),
+        "segments-pair": Segments(ids, ids),
+        "dense": Dense(jnp.asarray(np.random.default_rng(0).random((2, 1, LENGTH, LENGTH)) > 0.5)),
+    }
+    mask = leaves[name] & Causal()
+
+    def put(x: Any) -> Any:
+        return jax.device_put(x, NamedSharding(mesh, PartitionSpec(*(None,) * (x.ndim - 1), "sequence")))
+
+    sharded = jax.tree.map(put, mask)
+    same_bits(sharded.dense(LENGTH, LENGTH), mask.dense(LENGTH, LENGTH))
+    same_bits(sharded.tiles(LENGTH, LENGTH, block=5).states, mask.tiles(LENGTH, LENGTH, block=5).states)
+
+
 def test_an_exported_program_serves_any_batch() -> None:
     def program(valid: jax.Array, offset: jax.Array) -> jax.Array:
         return (SlidingWindow(3) & Padding(valid)).bias(4, LENGTH, jnp.float32, offset=offset)

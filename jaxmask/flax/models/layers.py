@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, DTypeLike, Float, Integer
 
 from jaxmask import checks
@@ -54,7 +55,13 @@ def embed(
     is_unknown = ids != clipped
     if valid is not None:
         is_unknown = is_unknown & valid
-    return jnp.where(is_unknown[..., None], jnp.nan, table(clipped))
+    # On a mesh with explicit axes, the embeddings of tokens are where the tokens are.
+    at = jax.typeof(clipped).sharding
+    is_explicit = AxisType.Explicit in at.mesh.axis_types
+    embedded = table(
+        clipped, out_sharding=NamedSharding(at.mesh, PartitionSpec(*at.spec, None)) if is_explicit else None
+    )
+    return jnp.where(is_unknown[..., None], jnp.nan, embedded)
 
 
 def convert_sizes(config: object, *names: str) -> None:

@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Int
 from jaxmask import reading
 from jaxmask.indices import by_batch, common, iota, is_static, library
 from jaxmask.kernels.splash.decide import MaskFunction
-from jaxmask.mask import Full, Mask
+from jaxmask.mask import Full, Mask, without_arrays
 from jaxmask.positions import Positions
 from jaxmask.tiles import EMPTY, FULL, PARTIAL
 
@@ -51,7 +51,7 @@ class TiledMask:
             static: whether to take JAX arrays for unknown, so that the states are static.
         """
         mask = self.remainder if remainder else self.mask
-        mask = _without_arrays(mask) if static else mask
+        mask = without_arrays(mask) if static else mask
         if static and not is_static(self.at):
             tiles = self.at.query_length // block[0], self.at.key_length // block[1]
             states: Any = np.full((1, 1, *tiles), PARTIAL, np.int8)
@@ -182,20 +182,6 @@ def _pairs(
 def _ranks(is_partial: Any, count: int) -> Any:
     """For each tile in order, how many PARTIAL ones come before it, and at most ``count - 1``."""
     return library(is_partial).minimum(is_partial.cumsum() - is_partial, count - 1)
-
-
-class _Unknown(Mask):
-    """A mask of which only the tiles are asked, and nothing is known."""
-
-
-def _without_arrays(mask: Mask) -> Mask:
-    """The mask with each part that holds a JAX array taken for unknown."""
-
-    def holds_array(node: Any) -> bool:
-        children = jax.tree.leaves(node, is_leaf=lambda child: child is not node and isinstance(child, Mask))
-        return isinstance(node, Mask) and any(isinstance(child, jax.Array) for child in children)
-
-    return jax.tree.map(lambda node: _Unknown() if holds_array(node) else node, mask, is_leaf=holds_array)
 
 
 def _small(numbers: Any, count: int) -> Any:
