@@ -105,11 +105,13 @@ def check(name: str) -> ModelCheck:
     return ModelCheck(
         f"attention of {name} ({' and '.join(attentions)}), {LENGTH} tokens",
         (
-            Measure.count("layers compared", len({call.layer for call in calls}), len(masks)),
+            Measure.count("calls by layers compared", len(calls), len(attentions) * len(masks) * (2 if cache else 1)),
             measure("attention_xla"),
             measure("attention_blocked"),
             *(
-                Measure(f"difference of each layer without {what}", min(differences), at_least=100 * TOLERANCE)
+                Measure(
+                    f"difference of each layer without {what}", float(np.min(differences)), at_least=100 * TOLERANCE
+                )
                 for what, differences in without.items()
             ),
         ),
