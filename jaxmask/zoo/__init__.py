@@ -5,7 +5,8 @@ chunks ``Causal() & Chunked(size)``, packed documents ``Causal() & Segments(ids)
 ``Reordered``, ``Transposed``, ``Blocks`` and ``Between``, say what the vocabulary cannot. The functions combine both.
 
 Masks that are in attn-gym, too (https://github.com/meta-pytorch/attention-gym), agree with its ``mask_mod`` on every
-pair. A ``TypeError`` or ``ValueError`` names an argument that makes no sense.
+pair. Masks of models in Transformers agree with the model's own function, or with what its layer attends to. A
+``TypeError`` or ``ValueError`` names an argument that makes no sense.
 
 >>> from jaxmask import zoo
 >>> zoo.streaming_llm(start_size=2, recent_size=64).tiles(4096, 4096).sparsity.round(2)

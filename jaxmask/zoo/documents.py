@@ -19,7 +19,8 @@ def document(mask: Mask, segment_ids: Integer[Array | np.ndarray, "batch length"
 
     Causal masks and windows read only how far a key is from a query. For these, ``mask & Segments(segment_ids)`` says
     the same and knows more tiles. A prefix or chunks need the positions. Source: attn-gym's ``generate_doc_mask_mod``,
-    whose ``offsets`` are where the ids change; https://arxiv.org/abs/2107.02027.
+    whose ``offsets`` are where the ids change; https://arxiv.org/abs/2107.02027; Transformers' ``masking_utils``, for
+    ``position_ids`` that begin anew in each document.
 
     Args:
         mask: a mask of positions alone, without an element for each key.

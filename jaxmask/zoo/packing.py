@@ -45,7 +45,7 @@ def ordered_groups(group_ids: Integer[Array | np.ndarray, "batch length"]) -> Ma
 
     Attention is bidirectional within a group and causal from group to group: the frames of a world model, and the
     image, state and actions of pi0 (https://arxiv.org/abs/2410.24164, where ``make_attn_mask`` of openpi sums up
-    ``mask_ar`` to such ids).
+    ``mask_ar`` to such ids; ``PI0Model`` in Transformers).
 
     Args:
         group_ids: integer ``[batch, length]``.

@@ -18,7 +18,8 @@ from jaxmask.zoo.tables import Blocks
 def prefix_lm(prefix_length: Scalar | Integer[Array | np.ndarray, "batch"]) -> Mask:
     """A prefix that all attend to, and causal attention after it.
 
-    Source: T5, https://arxiv.org/abs/1910.10683; attn-gym's ``generate_prefix_lm_mask``.
+    Source: T5, https://arxiv.org/abs/1910.10683; attn-gym's ``generate_prefix_lm_mask``. In PaliGemma the prefix is the
+    image and the prompt.
 
     Args:
         prefix_length: number of tokens, at least 0; an int, or a traced int32 ``[]`` or ``[batch]``.

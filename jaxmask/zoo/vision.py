@@ -19,7 +19,7 @@ def gemma3(
     """Text that attends causally, and images within which every token attends to every other.
 
     Source: Gemma 3, https://arxiv.org/abs/2503.19786, and ``create_masks_for_vision_model`` in Transformers'
-    ``modeling_gemma3``.
+    ``modeling_gemma3``. Gemma 4 has this mask in its local layers alone; its global layers are ``Causal()``.
 
     Args:
         block_sequence_ids: integer ``[batch, length]``: the image to which a token belongs, negative for text.
@@ -46,8 +46,9 @@ def vision_cross_attention(
 ) -> Mask:
     """Cross attention from text to images: an interval of the text attends to each image.
 
-    Source: Flamingo, https://arxiv.org/abs/2204.14198; attn-gym's ``generate_vision_cross_attention_mask_mod``. Read it
-    with ``offset=0``, because text and images are of different lengths.
+    Source: Flamingo, https://arxiv.org/abs/2204.14198; attn-gym's ``generate_vision_cross_attention_mask_mod``. Llama
+    3.2 has it, too: ``get_cross_attention_token_mask`` in Transformers' ``processing_mllama`` gives the intervals, with
+    -1 for the end of the text. Read it with ``offset=0``, because text and images are of different lengths.
 
     Args:
         intervals: integer ``[batch, images, 2]``: for each image, the first position of its text and the first after.

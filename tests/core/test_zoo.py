@@ -1,4 +1,4 @@
-"""The zoo agrees with the code that each mask comes from: attn-gym, Transformers, or a definition in slow Python."""
+"""The zoo agrees with the code that each mask comes from, attn-gym, or with a definition in slow Python."""
 
 # pyright: reportPrivateUsage=false, reportMissingTypeStubs=false
 
@@ -16,13 +16,9 @@ import numpy.typing as npt
 import pytest
 import torch
 from attn_gym import masks as gym
-from hypothesis import example, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.attention.flex_attention import create_mask, noop_mask
-from transformers import BigBirdConfig, Gemma3TextConfig, LongformerConfig
-from transformers.models.big_bird.modeling_big_bird import BigBirdBlockSparseAttention, BigBirdModel
-from transformers.models.gemma3.modeling_gemma3 import create_masks_for_vision_model
-from transformers.models.longformer.modeling_longformer import LongformerSelfAttention
 
 from jaxmask import (
     EMPTY,
@@ -329,30 +325,6 @@ def test_tiled_natten_is_natten_in_another_order() -> None:
 
 
 @draws
-@given(window=st.sampled_from([4, 8, 16]), is_global=st.lists(st.booleans(), min_size=32, max_size=32))
-def test_longformer_attends_as_in_transformers(window: int, is_global: list[bool]) -> None:
-    length = len(is_global)
-    config = LongformerConfig(
-        hidden_size=length, num_attention_heads=1, attention_window=[window], attention_probs_dropout_prob=0.0
-    )
-    layer = LongformerSelfAttention(config, layer_id=0).eval()
-    with torch.no_grad():
-        for name, weight in layer.named_parameters():
-            # All scores are equal and every value is a token of its own: what comes out is the attention.
-            weight.copy_(torch.eye(length) if name in ("value.weight", "value_global.weight") else torch.zeros(()))
-        marked = torch.tensor([is_global])
-        (attention,) = layer(
-            torch.eye(length)[None],
-            attention_mask=marked * 10000.0,
-            is_index_masked=torch.zeros_like(marked),
-            is_index_global_attn=marked,
-            is_global_attn=any(is_global),
-        )
-    mask = zoo.longformer(window, np.array([is_global]))
-    np.testing.assert_array_equal(read(mask, length, length)[0, 0], attention[0].numpy() > 0)
-
-
-@draws
 @given(half=sizes(5), dilation=sizes(4), is_global=st.lists(st.booleans(), min_size=24, max_size=24))
 def test_longformer_dilates(half: int, dilation: int, is_global: list[bool]) -> None:
     length = len(is_global)
@@ -365,23 +337,6 @@ def test_longformer_dilates(half: int, dilation: int, is_global: list[bool]) -> 
     ]
     mask = zoo.longformer(2 * half, np.array([is_global]), dilation)
     np.testing.assert_array_equal(read(mask, length, length)[0, 0], expected)
-
-
-@pytest.mark.parametrize("training", [True, False], ids=["random", "of-inference"])
-@pytest.mark.parametrize(("blocks", "count"), [(8, 3), (12, 2), (16, 3)])
-def test_bigbird_attends_as_in_transformers(blocks: int, count: int, training: bool) -> None:
-    heads, size = 2, 4
-    length = blocks * size
-    config = BigBirdConfig(hidden_size=8, num_attention_heads=heads, num_random_blocks=count, block_size=size)
-    layer = BigBirdBlockSparseAttention(config, seed=7).train(training)
-    plan = layer._get_rand_attn_plan(length, size, count)
-    np.random.seed(layer.seed)
-    random_blocks = layer._bigbird_block_rand_mask_with_head(length, length, size, size, heads, *plan)
-    blocked, band, queries, keys = BigBirdModel.create_masks_for_block_sparse_attn(torch.ones(1, length), size)
-    with torch.no_grad():
-        _, attention = layer(torch.zeros(1, length, 8), band, queries, keys, blocked, blocked)
-    mask = zoo.bigbird(np.stack(random_blocks), size)
-    np.testing.assert_array_equal(read(mask, length, length), attention.numpy() > 0)
 
 
 def test_bigbird_draws_blocks_that_are_not_attended_to_anyway() -> None:
@@ -397,20 +352,6 @@ def test_bigbird_draws_the_same_for_the_same_seed() -> None:
     first, again, other = (zoo.bigbird_random_blocks(seed, 2, 12, 3) for seed in (0, 0, 1))
     np.testing.assert_array_equal(first, again)
     assert (first != other).any()
-
-
-@draws
-@given(ids=st.lists(st.lists(st.integers(-1, 2), min_size=12, max_size=12), min_size=1, max_size=2), window=sizes(14))
-@example(ids=[[-1, 0, 0, 0, 0, 0, -1, -1, -1, -1, -1, -1]], window=3)
-def test_gemma3_is_that_of_its_model(ids: list[list[int]], window: int) -> None:
-    config = Gemma3TextConfig(sliding_window=window)
-    config._attn_implementation = "sdpa"
-    masks = create_masks_for_vision_model(
-        config, torch.zeros(len(ids), 12, 1), None, None, None, block_sequence_ids=torch.tensor(ids)
-    )
-    for sliding_window, kind in ((None, "full_attention"), (window, "sliding_attention")):
-        allowed = read(zoo.gemma3(np.array(ids), sliding_window), 12, 12)
-        np.testing.assert_array_equal(allowed, masks[kind].numpy())
 
 
 @draws

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from torch_compat.verify import attention, converter_cases, masking_cases, minilm, smollm2, tiny_models
+from torch_compat.verify import attention, converter_cases, masking_cases, minilm, model_attention, smollm2, tiny_models
 from torch_compat.verify.cases import DTYPES
 from torch_compat.verify.comparison import ORACLES, Row, compare_operation, oracles_of
 from torch_compat.verify.model_checks import ModelCheck
@@ -39,6 +39,7 @@ MODELS: tuple[Callable[[], ModelCheck], ...] = (
     partial(minilm.check_masks, "eager"),
     partial(minilm.check_masks, "sdpa"),
     *(partial(tiny_models.check, name) for name in tiny_models.MODELS),
+    *(partial(model_attention.check, name) for name in model_attention.MASKS),
     minilm.check_embeddings,
     smollm2.check,
 )

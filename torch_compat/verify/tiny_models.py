@@ -5,9 +5,10 @@ The models are small and random, since masks do not depend on weights. Their win
 
 import inspect
 import sys
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterable
 from contextlib import contextmanager
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import jax
@@ -29,6 +30,9 @@ _SIZES: dict[str, Any] = {
 }
 _DECODER: dict[str, Any] = _SIZES | {"num_key_value_heads": 2, "head_dim": 8}
 _ALTERNATING: dict[str, Any] = {"sliding_window": WINDOW, "layer_types": ["sliding_attention", "full_attention"]}
+_ROTARY: dict[str, Any] = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}
+# By default they are beyond the vocabulary.
+_TOKENS: dict[str, Any] = {f"{name}_token_id": None for name in ("pad", "bos", "eos", "cls", "sep")}
 
 # The names of the class and of its configuration, and the configuration.
 MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
@@ -37,6 +41,19 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "Gemma-2": ("Gemma2ForCausalLM", "Gemma2Config", _DECODER | _ALTERNATING),
     "Gemma-3": ("Gemma3ForCausalLM", "Gemma3TextConfig", _DECODER | _ALTERNATING),
     "Qwen2": ("Qwen2ForCausalLM", "Qwen2Config", _DECODER | _ALTERNATING | {"use_sliding_window": True}),
+    "Qwen3": ("Qwen3ForCausalLM", "Qwen3Config", _DECODER | _ALTERNATING | {"use_sliding_window": True}),
+    "OLMo-2": ("Olmo2ForCausalLM", "Olmo2Config", _DECODER | _TOKENS),
+    "gpt-oss": (
+        "GptOssForCausalLM",
+        "GptOssConfig",
+        _DECODER | _ALTERNATING | _ROTARY | {"num_local_experts": 4, "num_experts_per_tok": 2},
+    ),
+    "ModernBERT": (
+        "ModernBertModel",
+        "ModernBertConfig",
+        # Its config counts the keys on both sides.
+        _SIZES | _TOKENS | {"local_attention": 2 * WINDOW, "layer_types": _ALTERNATING["layer_types"]},
+    ),
     "BERT": ("BertModel", "BertConfig", _SIZES),
     "BERT as a decoder": ("BertLMHeadModel", "BertConfig", _SIZES | {"is_decoder": True}),
 }
@@ -44,23 +61,20 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
 
 def check(name: str) -> ModelCheck:
     """Run a model with its own masks, with ours, and with none: a prompt padded on the left, then token by token."""
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        of_model, of_config, arguments = MODELS[name]
-        model = getattr(transformers, of_model)(getattr(transformers, of_config)(**arguments)).eval()
-        tokens = torch.randint(_SIZES["vocab_size"], (2, PROMPT + STEPS))
+    model, tokens = make(name, PROMPT + STEPS)
     valid = torch.ones_like(tokens)
     valid[1, :3] = 0
     masks = outputs = identical = runs = masked = 0
-    attentions = ("eager", "sdpa") if model._supports_sdpa else ("eager",)
+    attentions = attentions_of(model)
     for attention in attentions:
         model.set_attn_implementation(attention)
-        for cache in _caches(model.config):
-            expected = _outputs(model, tokens, valid, cache)
+        for cache in _caches(model):
+            run = partial(outputs_of, model, tokens, valid, cache, range(PROMPT, PROMPT + STEPS + 1))
+            expected = run()
             with _masks_in_place(model, _bridged) as calls:
-                ours = _outputs(model, tokens, valid, cache)
+                ours = run()
             with _masks_in_place(model, _without_mask):
-                unmasked = _outputs(model, tokens, valid, cache)
+                unmasked = run()
             runs += 1
             masks += len(calls)
             outputs += len(expected)
@@ -78,11 +92,25 @@ def check(name: str) -> ModelCheck:
     )
 
 
-def _caches(config: Any) -> list[Callable[[], Any] | None]:
-    if not getattr(config, "is_decoder", True):
+def make(name: str, length: int) -> tuple[Any, torch.Tensor]:
+    """A model with random weights, and tokens ``[2, length]`` for it."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        of_model, of_config, arguments = MODELS[name]
+        model = getattr(transformers, of_model)(getattr(transformers, of_config)(**arguments)).eval()
+        return model, torch.randint(_SIZES["vocab_size"], (2, length))
+
+
+def attentions_of(model: Any) -> tuple[str, ...]:
+    """The implementations of attention that are compared."""
+    return ("eager", "sdpa") if model._supports_sdpa else ("eager",)
+
+
+def _caches(model: Any) -> list[Callable[[], Any] | None]:
+    if not model.can_generate():
         return [None]
-    static = partial(transformers.StaticCache, config=config, max_cache_len=PROMPT + STEPS + 3)
-    return [partial(transformers.DynamicCache, config=config), static]
+    static = partial(transformers.StaticCache, config=model.config, max_cache_len=PROMPT + STEPS + 3)
+    return [partial(transformers.DynamicCache, config=model.config), static]
 
 
 @contextmanager
@@ -98,16 +126,16 @@ def _one_thread() -> Generator[None]:
 
 @_one_thread()
 @torch.no_grad()
-def _outputs(
-    model: Any, tokens: torch.Tensor, valid: torch.Tensor, make_cache: Callable[[], Any] | None
+def outputs_of(
+    model: Any, tokens: torch.Tensor, valid: torch.Tensor, make_cache: Callable[[], Any] | None, ends: Iterable[int]
 ) -> list[torch.Tensor]:
-    """The outputs for all tokens at once or, with a cache, for the prompt and then for each token."""
+    """The outputs for all tokens at once or, with a cache, for the tokens up to each of the ends."""
     if make_cache is None:
         return [model(tokens, attention_mask=valid)[0]]
     cache = make_cache()
     cache_name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
     outputs: list[torch.Tensor] = []
-    for start, end in [(0, PROMPT), *((step, step + 1) for step in range(PROMPT, PROMPT + STEPS))]:
+    for start, end in pairwise((0, *ends)):
         step = model(tokens[:, start:end], attention_mask=valid[:, :end], use_cache=True, **{cache_name: cache})
         outputs.append(step[0])
     return outputs
