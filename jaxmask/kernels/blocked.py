@@ -35,6 +35,8 @@ Tree = TypeVar("Tree")
 Closure = tuple[list[Array], list[Array]]
 # By whether the function applies the mask.
 Closures = dict[bool, Closure]
+# Whether the mask is applied, known at trace time or in the program.
+IsMasked = bool | Array
 
 
 class _Place(NamedTuple):
@@ -70,6 +72,8 @@ class _Program:
     # mask, and without it.
     masked: Callable[..., Any]
     unmasked: Callable[..., Any]
+    # Whether these change no product but those that they mask, so that there is nothing to differentiate.
+    only_masks: bool
 
     def part(self, axes: str, x: Array, place: _Place) -> tuple[tuple[Array, ...], tuple[int, ...]]:
         """The start and the sizes of the part of ``x`` that a step takes. An axis of size 1 serves every index."""
@@ -120,11 +124,6 @@ def _arrange(x: Array, axes: str, to: str) -> Array:
     return x.transpose([axes.index(axis) for axis in to])
 
 
-def _where_read(is_read: Array, axes: str, x: Array) -> Array:
-    """The keys or values, zero where no query of the tile may attend: a weight of 0 would not take NaN away."""
-    return jnp.where(_arrange(is_read[..., None], "bnkd", axes), x, 0)
-
-
 def _multiply(axes: str, a: Array, b: Array) -> Array:
     return jnp.einsum(axes, a, b, preferred_element_type=checks.at_least_float32(a.dtype))
 
@@ -134,58 +133,79 @@ def _for_each_tile(
 ) -> Carry:
     """Fold ``step(carry, place, ranges of the tile)`` over the tiles of queries."""
     shape = ranges.range_count.shape
+    at = partial(lax.dynamic_index_in_dim, keepdims=False, allow_negative_indices=False)
+    flat = KeyRanges(*(x.reshape(-1, *x.shape[3:]) for x in ranges))
 
     def body(i: Any, carry: Carry) -> Carry:
+        of_tile = KeyRanges(*(at(x, i) for x in flat))
         # int32 in 64-bit mode too, as the starts of the ranges are.
-        example, kv_head, tile = (x.astype(jnp.int32) for x in jnp.unravel_index(i, shape))
+        rest, steps = jnp.asarray(i, jnp.int32), list[Index]()
+        for size in reversed(shape):
+            # An axis of size 1 costs the compiler nothing.
+            steps.append(0 if size == 1 else lax.rem(rest, np.int32(size)))
+            rest = rest if size == 1 else lax.div(rest, np.int32(size))
+        tile, kv_head, example = steps
         place = _Place(example * program.examples, kv_head * program.kv_heads, tile * program.queries, 0)
-        return step(carry, place, KeyRanges(*(x[example, kv_head, tile] for x in ranges)))
+        return step(carry, place, of_tile)
 
     return lax.fori_loop(0, math.prod(shape), body, carry)
 
 
-def _for_each_range(ranges: KeyRanges, step: Callable[[Carry, Ints, bool], Carry], carry: Carry) -> Carry:
+def _for_each_range(ranges: KeyRanges, step: Callable[[Carry, Ints, IsMasked], Carry], carry: Carry) -> Carry:
     """Fold ``step(carry, start, is_masked)`` over the ranges of keys of a tile of queries."""
     starts, partial_count, range_count = ranges
     if starts.shape[0] == 1:
         return step(carry, starts[0], True)
-    carry = lax.fori_loop(0, partial_count, lambda i, carry: step(carry, starts[i], True), carry)
-    return lax.fori_loop(partial_count, range_count, lambda i, carry: step(carry, starts[i], False), carry)
+    at = partial(lax.dynamic_index_in_dim, keepdims=False, allow_negative_indices=False)
+    return lax.fori_loop(0, range_count, lambda i, carry: step(carry, at(starts, i), i < partial_count), carry)
 
 
 def _scores(
     program: _Program,
     key: Array,
+    value: Array,
     bias: Array | None,
     arrays: Closures,
     tile_place: _Place,
     rows: Array,
     start: Ints,
-    is_masked: bool,
-) -> tuple[_Place, Array, Callable[..., tuple[Array, Array]], tuple[Any, ...]]:
-    """Return the range's position, its keys, a scoring function and its arguments.
+    is_masked: IsMasked,
+) -> tuple[_Place, Callable[..., tuple[Array, tuple[Array, Array]]], tuple[Any, ...]]:
+    """Return the range's position, a scoring function and its arguments.
 
     The function returns the scores ``[examples, kv_heads, group * queries, keys]``, which are differentiated in its
-    arguments, and which keys some query may attend to, ``[examples|1, kv_heads|1, keys|1]``.
+    arguments, and the keys and values of the range, zero where no query of the tile may attend: a weight of 0 would not
+    take NaN away.
     """
     length = key.shape[program.key.index("k")]
     # A range that would end beyond the last key begins earlier. The mask leaves out the keys before its start.
     place = tile_place._replace(key=jnp.minimum(start, length - program.keys))
-    keys = program.take(program.key, key, place)
+    keys, values = program.take(program.key, key, place), program.take(program.value, value, place)
     products = _multiply(f"bnqd,{program.key}->bnqk", rows, keys) * program.after
     part = None if bias is None else program.take("bhqk", bias, place)
-    finish = program.masked if is_masked else program.unmasked
-    floats, others = arrays[is_masked]
     # Varying over the axes of a shard_map, as those for which the function was traced.
     zero = jnp.zeros_like(products, jnp.int32, ())
     indices = [index + zero for index in (*place, start)]
 
-    def score(products: Array, part: Array | None, floats: list[Array]) -> tuple[Array, Array]:
-        flat = products.reshape(program.examples, -1, program.queries, program.keys)
-        finished, is_read = finish(floats, others, flat, part, *indices)
-        return finished.reshape(products.shape), is_read
+    def score(products: Array, part: Array | None, floats: dict[bool, list[Array]]) -> Any:
+        def finish(products: Array, keys: Array, values: Array, *, is_masked: bool) -> Any:
+            function, (_, others) = program.masked if is_masked else program.unmasked, arrays[is_masked]
+            flat = products.reshape(program.examples, -1, program.queries, program.keys)
+            finished, is_read = function(floats[is_masked], others, flat, part, *indices)
+            if is_masked:
+                keys, values = (
+                    jnp.where(_arrange(is_read[..., None], "bnkd", axes), x, 0)
+                    for axes, x in ((program.key, keys), (program.value, values))
+                )
+            return finished.reshape(products.shape), (keys, values)
 
-    return place, keys, score, (products, part, floats)
+        masked, unmasked = (partial(finish, is_masked=yes) for yes in (True, False))
+        if is_masked is True:
+            return masked(products, keys, values)
+        # One loop with a branch compiles faster than two loops.
+        return lax.cond(is_masked, masked, unmasked, products, keys, values)
+
+    return place, score, (products, part, {yes: floats for yes, (floats, _) in arrays.items()})
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -214,11 +234,9 @@ def _forward(
     def tile(carry: Any, tile_place: _Place, ranges: KeyRanges) -> Any:
         rows = program.rows(query, tile_place) * query.dtype.type(program.before)
 
-        def step(carry: Any, start: Ints, is_masked: bool) -> Any:
-            place, _, score, arguments = _scores(program, key, bias, arrays, tile_place, rows, start, is_masked)
-            (s, is_read), v = score(*arguments), program.take(program.value, value, place)
-            if is_masked:
-                v = _where_read(is_read, program.value, v)
+        def step(carry: Any, start: Ints, is_masked: IsMasked) -> Any:
+            place, score, arguments = _scores(program, key, value, bias, arrays, tile_place, rows, start, is_masked)
+            s, (_, v) = score(*arguments)
             highest, *sums = carry
             new_highest = jnp.maximum(highest, s.max(-1))
             weights = jnp.exp(s - new_highest[..., None])
@@ -272,24 +290,28 @@ def _backward(program: _Program, residuals: Any, cotangents: Any) -> Any:
         # The large one of these products is on the right as it is: on the left, it would have to be transposed.
         rows_across, drows_across = rows.astype(accumulated).swapaxes(2, 3), drows.swapaxes(2, 3)
 
-        def step(carry: Any, start: Ints, is_masked: bool) -> Any:
+        def step(carry: Any, start: Ints, is_masked: IsMasked) -> Any:
             dq, dk, dv, dbias, dfloats = carry
-            place, k, score, arguments = _scores(program, key, bias, arrays, tile_place, rows, start, is_masked)
-            v = program.take(program.value, value, place)
-            s, pull, is_read = jax.vjp(score, *arguments, has_aux=True)
-            if is_masked:
-                k, v = _where_read(is_read, program.key, k), _where_read(is_read, program.value, v)
+            place, score, arguments = _scores(program, key, value, bias, arrays, tile_place, rows, start, is_masked)
+            pull = None
+            if program.only_masks:
+                s, (k, v) = score(*arguments)
+            else:
+                s, pull, (k, v) = jax.vjp(score, *arguments, has_aux=True)
             weights = jnp.exp(s - row_highest[..., None] - row_log_total[..., None])
             dweights = _multiply(f"bnqd,{program.value}->bnqk", drows, v)
             dropped = weights
             if dropout is not None:
                 factor = program.factor(dropout, weights.dtype, place)
                 dropped, dweights = weights * factor, dweights * factor
-            ds, dpart, dpart_floats = pull(weights * (dweights - row_delta[..., None]))
+            # What is masked gets no gradient, though the cotangent of a row without keys be NaN.
+            ds = jnp.where(weights != 0, weights * (dweights - row_delta[..., None]), 0)
+            if pull is not None:
+                ds, dpart, dpart_floats = pull(ds)
+                dfloats = jax.tree.map(jnp.add, dfloats, dpart_floats)
+                if bias is not None:
+                    dbias = program.add("bhqk", dbias, dpart, place)
             ds = ds * program.after
-            if bias is not None:
-                dbias = program.add("bhqk", dbias, dpart, place)
-            dfloats = {**dfloats, is_masked: jax.tree.map(jnp.add, dfloats[is_masked], dpart_floats)}
             dq = dq + _multiply(f"bnqk,{program.key}->bnqd", ds, k.astype(ds.dtype))
             dropped = dropped.astype(dout.dtype)
             dk = program.add("bndk", dk, _multiply("bndq,bnqk->bndk", rows_across, ds), place)
@@ -429,6 +451,7 @@ def attend(call: Call, block: tuple[int, int] | None = None) -> Any:
         after=1.0 if is_exact else call.scale,
         masked=masked[0],
         unmasked=unmasked[0],
+        only_masks=call.logits_soft_cap is None and bias is None,
     )
     query = jnp.pad(query, ((0, 0), (0, -query_length % queries), (0, 0), (0, 0)))
     key, value = _arrange(key, "bknd", program.key), _arrange(value, "bknd", program.value)
