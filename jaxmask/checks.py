@@ -7,7 +7,7 @@ answers at trace time and costs nothing in the compiled program.
 import functools
 import inspect
 import operator
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from typing import Any, ParamSpec, TypeVar
 
@@ -39,7 +39,7 @@ def integer(name: str, value: object, minimum: int, maximum: int = INT32_MAX) ->
         hint = "; it is static, so that its value must be known while tracing" if is_traced(value) else ""
         raise TypeError(f"{name} must be a Python int, got {describe(value)}{hint}") from None
     if not minimum <= number <= maximum:
-        raise ValueError(f"{name} must {_limit(minimum, maximum)}, got {number}")
+        raise ValueError(f"{name} must {_limit(minimum, maximum)}, got {describe(number)}")
     return number
 
 
@@ -231,7 +231,21 @@ def describe(value: object) -> str:
         return f"the class {value.__name__}"
     if shape is not None and dtype is not None:
         return f"{_torch_prefix(value)}{str(dtype).removeprefix('torch.')}[{', '.join(map(str, shape))}]"
-    return repr(value) if isinstance(value, int | float | str | None | tuple) else f"a {type(value).__name__}"
+    if isinstance(value, int) and abs(value) >= 10**40:
+        return "an int of more than 40 digits"  # Python refuses to write out one of thousands
+    return shown(repr(value)) if isinstance(value, int | float | str | None | tuple) else f"a {type(value).__name__}"
+
+
+def shown(text: str, most: int = 200) -> str:
+    """``text``, which may come from anywhere, in a message: escaped where it is not printable, and cut where long."""
+    cut = text if len(text) <= most else f"{text[:most]}… ({len(text)} characters)"
+    return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in cut)
+
+
+def several(texts: Sequence[str], most: int = 12) -> str:
+    """``texts`` in a message, of which only the first are given where there are many."""
+    more = [f"and {len(texts) - most} more"] if len(texts) > most else []
+    return "; ".join([*texts[:most], *more])
 
 
 def _torch_prefix(value: object) -> str:
