@@ -130,6 +130,7 @@ def generate(
             f"cache_length must be at least {needed}, for prompts of {length} tokens and {new} new ones, got "
             f"{cache_length}; leave it out, or make max_new_tokens smaller"
         )
+    pad = checks.integer("pad", pad, -checks.INT32_MAX)
     if key is not None:
         checks.key("key", key)
     if temperature and key is None:
