@@ -231,6 +231,8 @@ def float_dtype(dtype: DTypeLike) -> np.dtype[Any]:
         raise TypeError(
             f"dtype must be floating, for only a float has a minimum that softmax takes to 0, got {resolved}"
         )
+    if float(jnp.finfo(resolved).min) >= 0:
+        raise TypeError(f"dtype must have zero and negative numbers, got {resolved}")
     if resolved == jnp.float64 and not has_64_bits():
         raise ValueError(
             "dtype float64 is switched off in this process, and JAX would compute in float32 instead: "

@@ -36,7 +36,7 @@ class AttentionMaskConverter:
     sliding_window: int | None = None
 
     def __post_init__(self) -> None:
-        self._converter()
+        object.__setattr__(self, "sliding_window", self._converter().sliding_window)
 
     def _converter(self) -> converter.AttentionMaskConverter:
         return converter.AttentionMaskConverter(self.is_causal, self.sliding_window)

@@ -710,6 +710,7 @@ TABLE = [
         argument=VALID[None],
     ),
     bad("unmask-int", lib.unmask_unattended, TYPE, "expanded_mask", r"int32\[1, 2, 5\]", "float", argument=ONES[None]),
+    bad("bias-without-zero", lambda: CAUSAL.bias(2, 2, "float8_e8m0fnu"), TYPE, "dtype must have zero and negative"),
     bad("unmask-long", lambda: lib.unmask_unattended(FAR, -1), VALUE, "expanded_mask must fit an int32"),
     bad("morton-axes", lambda: zoo.morton_natten((4,), (1,)), VALUE, r"canvas must be \(height, width\)", r"\(4,\)"),
     bad("vsa-tile", lambda: zoo.vsa(CHOSEN + 1, 2, 2), VALUE, "topk_indices must be from 0 to 1", "from 1 to 2"),

@@ -446,6 +446,19 @@ def test_bridge_to_jax_takes_views_and_strides(rows: int, columns: int, start: i
     assert np.array_equal(np.asarray(to_jax(tensor)), tensor.numpy())
 
 
+@pytest.mark.parametrize("dtype", [torch.int64, torch.uint64, torch.float64, torch.complex128])
+def test_bridge_refuses_numbers_of_64_bits(dtype: torch.dtype) -> None:
+    with pytest.raises(ValueError, match=rf"tensor is {dtype}, and JAX would cut it in half.*tensor.to\(torch"):
+        to_jax(torch.ones(2, dtype=dtype))
+
+
+def test_bridge_to_jax_reads_the_negative_and_the_conjugate_bit() -> None:
+    conjugate = torch.tensor([1 + 2j, -3j]).conj()
+    np.testing.assert_array_equal(to_jax(conjugate), [1 - 2j, 3j])
+    assert conjugate.imag.is_neg()
+    np.testing.assert_array_equal(to_jax(conjugate.imag), [-2, 3])
+
+
 def test_bridge_refuses_what_it_would_have_to_change() -> None:
     with pytest.raises(ValueError, match=r"tensor is torch\.int64.*torch\.int32.*jax_enable_x64"):
         to_jax(torch.ones(2, dtype=torch.int64))
