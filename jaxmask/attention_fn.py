@@ -2,10 +2,13 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jaxtyping import Array, Bool, DTypeLike, Float, Shaped
 
 from jaxmask import checks, indices
@@ -28,9 +31,9 @@ def make_attention_fn(
     """Make an ``attention_fn`` for ``MultiHeadAttention`` of ``flax.linen`` and ``flax.nnx`` that attends by a mask.
 
     The function uses or refuses every argument that flax passes. It joins the call's mask and ``is_causal`` to the
-    description by ``&``, adds the bias, drops weights, and casts the inputs to the dtype. It refuses a precision, other
-    products, and sown weights. The mask of a call is a :class:`Mask`, or an array of bools or of 0 and 1; what is added
-    to the scores is a bias.
+    description by ``&``, adds the bias, drops weights, casts the inputs to the dtype, and computes the products in the
+    precision. It refuses other products and sown weights. The mask of a call is a :class:`Mask`, or an array of bools
+    or of 0 and 1; what is added to the scores is a bias.
 
     A decoding step with flax's own cache has fewer queries than keys. If the description depends on positions, the
     function then needs an offset. Make the function inside the step, with the layer's ``cache_index`` as the offset, so
@@ -108,7 +111,6 @@ class AttentionFn:
         is_causal: bool = False,
     ) -> Float[Array, "..."]:
         for name, argument, hint in (
-            ("precision", precision, "set jax.default_matmul_precision"),
             ("module", module, "sow_weights=True asks for the weights, which are never written out"),
             ("einsum_dot_general", einsum_dot_general, "jaxmask computes the products itself"),
             ("qk_attn_weights_einsum", qk_attn_weights_einsum, "jaxmask computes the products itself"),
@@ -116,6 +118,7 @@ class AttentionFn:
         ):
             if argument is not None:
                 raise ValueError(f"{name} must be None for jaxmask.attention, got {checks.describe(argument)}: {hint}")
+        name = _name_of(precision)
         if promote_dtype is not None:
             query, key, value = promote_dtype((query, key, value), dtype=dtype)
         elif dtype is not None:
@@ -129,20 +132,61 @@ class AttentionFn:
         elif mask is not None:
             allowed, is_legal = _allowed(mask)
             joined = joined & _of_call(_flat(allowed, batch), self.arguments["offset"])
-        out: Any = attention(
-            query,
-            key,
-            value,
-            joined,
-            bias=None if bias is None else _flat(bias, batch),
-            dropout_rate=0.0 if deterministic else dropout_rate,
-            dropout_rng=dropout_rng,
-            broadcast_dropout=broadcast_dropout,
+        arguments = {
+            "bias": None if bias is None else _flat(bias, batch),
+            "dropout_rate": 0.0 if deterministic else dropout_rate,
+            "dropout_rng": dropout_rng,
+            "broadcast_dropout": broadcast_dropout,
             **self.arguments,
-        )
+        }
+        attend: Any = attention if name is None else partial(_in_precision, name)
+        out = attend(query, key, value, joined, **arguments)
         if is_legal is not True:
             out = jnp.where(is_legal, out, jnp.nan)
         return out.reshape(*batch, *out.shape[1:])
+
+
+def _name_of(precision: Any) -> str | None:
+    """The name of a precision of both operands, ``None`` for the default one."""
+    try:
+        precisions = {lax.Precision(each) for each in (precision if isinstance(precision, tuple) else (precision,))}
+    except ValueError:
+        precisions = set[lax.Precision]()
+    if len(precisions) != 1:
+        raise ValueError(
+            f"precision must be one of jax.lax.Precision, the same for both operands, got {checks.describe(precision)}"
+        )
+    (one,) = precisions
+    return None if one == lax.Precision.DEFAULT else one.name.lower()
+
+
+def _in_precision(name: str, *args: Any, **kwargs: Any) -> Any:
+    """Attention whose products are of a precision, and so are those of its gradients, which are traced later."""
+    leaves, tree = jax.tree.flatten((args, kwargs))
+    # What is static stays static.
+    arrays = [leaf if isinstance(leaf, jax.Array) else None for leaf in leaves]
+
+    def attend(arrays: Any) -> Any:
+        args, kwargs = tree.unflatten(
+            leaf if array is None else array for leaf, array in zip(leaves, arrays, strict=True)
+        )
+        return attention(*args, **kwargs)
+
+    @jax.custom_vjp
+    def run(arrays: Any) -> Any:
+        with jax.default_matmul_precision(name):
+            return attend(arrays)
+
+    def forward(arrays: Any) -> tuple[Any, Any]:
+        with jax.default_matmul_precision(name):
+            return jax.vjp(attend, arrays)
+
+    def backward(pull: Any, cotangents: Any) -> Any:
+        with jax.default_matmul_precision(name):
+            return pull(cotangents)
+
+    run.defvjp(forward, backward)
+    return run(arrays)
 
 
 def _allowed(mask: Shaped[Array | np.ndarray, "..."]) -> tuple[Any, Any]:

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, DTypeLike, Float, Shaped
+from jaxtyping import Array, Bool, DTypeLike, Float, Integer, Shaped
 
 from jaxmask import checks
 
@@ -53,8 +53,9 @@ def _is_one(mask: Shaped[Array, "*shape"], dtype: DTypeLike) -> Bool[Array, "*sh
 
 
 def unmask_unattended(
-    expanded_mask: Float[Array | np.ndarray, "..."], min_dtype: float | None = None
-) -> Float[Array, "..."]:
+    expanded_mask: Float[Array | np.ndarray, "..."] | Integer[Array | np.ndarray, "..."],
+    min_dtype: float | None = None,
+) -> Float[Array, "..."] | Integer[Array, "..."]:
     """Rows with nothing to attend to become zero, so that they attend to everything.
 
     For kernels that give NaN on such rows, as PyTorch's memory-efficient attention did (pytorch#110213). The semantics,
@@ -62,15 +63,15 @@ def unmask_unattended(
     becomes **-0.0**.
 
     Args:
-        expanded_mask: an additive bias, ``[batch, heads, q, kv]`` or ``[batch, q, kv]``.
-        min_dtype: the value that masks; ``finfo(expanded_mask.dtype).min`` unless given.
+        expanded_mask: an additive bias, ``[batch, heads, q, kv]`` or ``[batch, q, kv]``; floating, or of integers.
+        min_dtype: the value that masks; ``finfo(expanded_mask.dtype).min`` unless given, as it must be for integers.
 
     Returns:
         The bias in the shape and dtype of ``expanded_mask``.
 
     Raises:
         ValueError: ``expanded_mask`` is bool, or of another rank.
-        TypeError: ``expanded_mask`` is not a float array.
+        TypeError: ``expanded_mask`` is neither floating nor of integers, or of integers and ``min_dtype`` is missing.
 
     >>> low = jnp.finfo(jnp.float32).min
     >>> unmask_unattended(jnp.array([[[low, low], [0.0, low]]]))
@@ -82,7 +83,14 @@ def unmask_unattended(
             f"expanded_mask must be an additive bias, got {checks.describe(expanded_mask)}; "
             "make one by jaxmask.bias.from_allowed(allowed, dtype)"
         )
-    checks.array("expanded_mask", expanded_mask, "f", 3, 4)
+    is_floating = jnp.issubdtype(checks.array("expanded_mask", expanded_mask, "fi", 3, 4).dtype, jnp.floating)
+    if not is_floating:
+        checks.fits_int32("expanded_mask", expanded_mask)
+        if min_dtype is None:
+            raise TypeError(
+                f"expanded_mask must be float where min_dtype is left out, got {checks.describe(expanded_mask)}: say "
+                "which integer masks"
+            )
     if min_dtype is None:
         min_dtype = float(jnp.finfo(expanded_mask.dtype).min)
     return _unmask_unattended(expanded_mask, min_dtype)
@@ -90,8 +98,8 @@ def unmask_unattended(
 
 @jax.jit
 def _unmask_unattended(
-    expanded_mask: Float[Array | np.ndarray, "..."], min_dtype: float | Array
-) -> Float[Array, "..."]:
+    expanded_mask: Float[Array | np.ndarray, "..."] | Integer[Array | np.ndarray, "..."], min_dtype: float | Array
+) -> Float[Array, "..."] | Integer[Array, "..."]:
     unattended = jnp.all(expanded_mask == min_dtype, axis=-1, keepdims=True)
     # Not `expanded_mask * attended`: XLA may turn that into a select of +0.0, and the sign is lost.
     return jnp.where(unattended, expanded_mask * 0, expanded_mask)

@@ -6,8 +6,9 @@ answers at trace time and costs nothing in the compiled program.
 
 import functools
 import inspect
+import math
 import operator
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from typing import Any, ParamSpec, TypeVar
 
@@ -21,6 +22,9 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 INT32_MAX = 2**31 - 1
+_FLOAT32_MAX = float(np.finfo(np.float32).max)
+# The least number that is positive in float32, and that the XLA of a CPU does not take for 0.
+POSITIVE = float(np.finfo(np.float32).tiny)
 
 # A length, or a symbolic dimension of ``jax.export`` standing for one.
 Length = Any
@@ -39,8 +43,22 @@ def integer(name: str, value: object, minimum: int, maximum: int = INT32_MAX) ->
         hint = "; it is static, so that its value must be known while tracing" if is_traced(value) else ""
         raise TypeError(f"{name} must be a Python int, got {describe(value)}{hint}") from None
     if not minimum <= number <= maximum:
-        raise ValueError(f"{name} must {_limit(minimum, maximum)}, got {number}")
+        raise ValueError(f"{name} must {_limit(minimum, maximum)}, got {describe(number)}")
     return number
+
+
+def real(name: str, value: Any, least: float = -math.inf, hint: str = "") -> float:
+    """``value`` as a Python float that float32 can hold, of at least ``least``."""
+    if is_array(value) or isinstance(value, bool) or not isinstance(value, int | float | np.floating | np.integer):
+        raise TypeError(f"{name} must be a Python float, got {describe(value)}{hint}")
+    # Compared by Python: a float16 of NumPy would take the limit for infinity, and an int may be beyond any float.
+    value = value.item() if isinstance(value, np.generic) else value
+    if not -_FLOAT32_MAX <= value <= _FLOAT32_MAX:
+        raise ValueError(f"{name} must be finite in float32, or every output is NaN, got {describe(value)}")
+    if value < least:
+        limit = "positive" if least == POSITIVE else f"at least {least:g}"
+        raise ValueError(f"{name} must be {limit}, got {describe(value)}")
+    return float(value)
 
 
 def _limit(minimum: int, maximum: int) -> str:
@@ -66,6 +84,14 @@ def int32(name: str, value: Any, minimum: int, maximum: int = INT32_MAX) -> Any:
     elif isinstance(value, jax.Array) and jnp.iinfo(value.dtype).max > INT32_MAX:
         value = value.clip(max(-INT32_MAX, int(jnp.iinfo(value.dtype).min)), INT32_MAX)
     return value if value.dtype == np.int32 else value.astype(np.int32)
+
+
+def in_range(name: str, value: Any, least: int, most: int) -> None:
+    """Refuse a NumPy array with an element out of range. What is in a JAX array is not looked at."""
+    if isinstance(value, np.ndarray) and value.size and not least <= value.min() <= value.max() <= most:
+        raise ValueError(
+            f"{name} must be from {least} to {most}, got {describe(value)} from {value.min()} to {value.max()}"
+        )
 
 
 def fits_int32(name: str, value: Any) -> None:
@@ -205,6 +231,8 @@ def float_dtype(dtype: DTypeLike) -> np.dtype[Any]:
         raise TypeError(
             f"dtype must be floating, for only a float has a minimum that softmax takes to 0, got {resolved}"
         )
+    if float(jnp.finfo(resolved).min) >= 0:
+        raise TypeError(f"dtype must have zero and negative numbers, got {resolved}")
     if resolved == jnp.float64 and not has_64_bits():
         raise ValueError(
             "dtype float64 is switched off in this process, and JAX would compute in float32 instead: "
@@ -231,7 +259,21 @@ def describe(value: object) -> str:
         return f"the class {value.__name__}"
     if shape is not None and dtype is not None:
         return f"{_torch_prefix(value)}{str(dtype).removeprefix('torch.')}[{', '.join(map(str, shape))}]"
-    return repr(value) if isinstance(value, int | float | str | None | tuple) else f"a {type(value).__name__}"
+    if isinstance(value, int) and abs(value) >= 10**40:
+        return "an int of more than 40 digits"  # Python refuses to write out one of thousands
+    return shown(repr(value)) if isinstance(value, int | float | str | None | tuple) else f"a {type(value).__name__}"
+
+
+def shown(text: str, most: int = 200) -> str:
+    """``text``, which may come from anywhere, in a message: escaped where it is not printable, and cut where long."""
+    cut = text if len(text) <= most else f"{text[:most]}… ({len(text)} characters)"
+    return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in cut)
+
+
+def several(texts: Sequence[str], most: int = 12) -> str:
+    """``texts`` in a message, of which only the first are given where there are many."""
+    more = [f"and {len(texts) - most} more"] if len(texts) > most else []
+    return "; ".join([*texts[:most], *more])
 
 
 def _torch_prefix(value: object) -> str:

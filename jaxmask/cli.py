@@ -1,6 +1,8 @@
 """The ``jaxmask`` command: draw a mask, compare the library with PyTorch, write text with a real model."""
 
 import sys
+from collections.abc import Generator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, NoReturn
 
@@ -15,12 +17,16 @@ except ImportError as error:
 
 from jax.errors import JaxRuntimeError
 
+from jaxmask import checks
 from jaxmask.draw import show as draw
-from jaxmask.parse import parse_mask
+from jaxmask.parse import MaskSyntaxError, parse_mask
 
 app = typer.Typer(
     help="Attention masks for JAX.", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False
 )
+
+# A picture of so many queries or keys takes seconds, and of all that an int32 counts a minute and gigabytes.
+_MOST_TO_DRAW = 2**24
 
 
 def main() -> None:
@@ -55,7 +61,10 @@ def show(
     key = query if key is None else key
     aligned = offset is None and key != query
     offset = key - query if offset is None else offset
-    try:
+    with _in_one_line():
+        for name, length in (("query", query), ("key", key)):
+            if length > _MOST_TO_DRAW:
+                raise ValueError(f"{name} must be at most {_MOST_TO_DRAW}, to be drawn in seconds, got {length}")
         description = parse_mask(mask)
         console.print(Text(repr(description), "bold"))
         if aligned:
@@ -65,8 +74,6 @@ def show(
             # The frame fits the picture, whatever the width of the terminal.
             console.width = max(map(len, console.export_text(clear=False).splitlines()))
             console.save_svg(str(svg), title=repr(description))
-    except (ValueError, OSError) as error:
-        _fail(error)
 
 
 @app.command()
@@ -82,11 +89,11 @@ def verify(
 
     The last line says which Transformers it was. Put another version first on PYTHONPATH to compare with that one.
     """
-    try:
-        from torch_compat import verify as verification
-    except ModuleNotFoundError as error:
-        _fail_without(error, "verify")
-    try:
+    with _in_one_line():
+        try:
+            from torch_compat import verify as verification
+        except ModuleNotFoundError as error:
+            _fail_without(error, "verify")
         status = verification.run(
             cases=cases,
             seed=seed,
@@ -95,8 +102,6 @@ def verify(
             oracles=oracle or None,
             report=report,
         )
-    except (ValueError, ModuleNotFoundError) as error:
-        _fail(error)
     raise typer.Exit(status)
 
 
@@ -123,11 +128,11 @@ def generate(
     ] = None,
 ) -> None:
     """Continue texts with a real model in Flax, which uses jaxmask's masks and caches."""
-    try:
-        from torch_compat import generate as generation
-    except ModuleNotFoundError as error:
-        _fail_without(error, "generate")
-    try:
+    with _in_one_line():
+        try:
+            from torch_compat import generate as generation
+        except ModuleNotFoundError as error:
+            _fail_without(error, "generate")
         generation.write(
             prompts,
             max_new_tokens=max_new_tokens,
@@ -140,8 +145,19 @@ def generate(
             console=Console(),
             log=Console(file=sys.stderr),  # stays open while stderr is muted
         )
+
+
+@contextmanager
+def _in_one_line() -> Generator[None]:
+    """Say in a line what went wrong: by status 2 what the user can mend, by status 1 what we must."""
+    try:
+        yield
+    except typer.Exit:
+        raise
     except (ValueError, OSError, OverflowError, MemoryError, ImportError, JaxRuntimeError) as error:
         _fail(error)
+    except Exception as error:
+        _fail(f"{type(error).__name__}: {checks.shown(str(error))}", status=1)
 
 
 def _fail_without(error: ModuleNotFoundError, command: str) -> NoReturn:
@@ -153,6 +169,8 @@ def _fail_without(error: ModuleNotFoundError, command: str) -> NoReturn:
     _fail(f'{command} needs {package}: pip install "jaxmask[{extra}]"')
 
 
-def _fail(problem: object) -> NoReturn:
-    typer.echo(f"jaxmask: {problem}", err=True)
-    raise typer.Exit(2)
+def _fail(problem: object, status: int = 2) -> NoReturn:
+    # The picture of a text has lines of its own.
+    lines = str(problem).split("\n") if isinstance(problem, MaskSyntaxError) else [str(problem)]
+    typer.echo("jaxmask: " + "\n".join(checks.shown(line, 2_000) for line in lines), err=True)
+    raise typer.Exit(status)

@@ -12,6 +12,7 @@ from dataclasses import Field, dataclass, fields
 from typing import Any, ClassVar, dataclass_transform
 
 import jax
+import numpy as np
 
 from jaxmask import checks
 from jaxmask.indices import Allowed, Index
@@ -135,6 +136,9 @@ class Description:
                     f"would inherit its tiles and its arguments of kernels, whatever it allows itself; combine "
                     f"{base.__name__} with another mask by &, | and ~, or subclass Mask"
                 )
+        for name in ("allows", "tile_bounds"):
+            if name in vars(cls):
+                setattr(cls, name, _returns_bools(vars(cls)[name]))
         if "__post_init__" in vars(cls):
             cls._check_fields = cls.__post_init__
             cls.__post_init__ = Description.__post_init__
@@ -149,6 +153,12 @@ class Description:
         self._check_fields()
         for name in names:
             value = getattr(self, name)
+            if isinstance(value, np.ndarray) and value.flags.writeable:
+                # A mask is a value: what is written into the array later must not change it, for a compiled program
+                # would not see that. What cannot be written into, such as a broadcast, is not copied.
+                value = value.copy()
+                value.flags.writeable = False
+                self._set(**{name: value})
             masks = value if isinstance(value, tuple) else (value,)
             is_mask = all(isinstance(mask, Description) for mask in masks)
             # A function may also be a pytree with arrays of its own, as a Partial is.
@@ -196,6 +206,20 @@ class Description:
         mask = object.__new__(cls)
         mask._set(**dict(static), **dict(zip(traced, children, strict=True)), _traced_names=traced)
         return mask
+
+
+def _returns_bools(method: Callable[..., Any]) -> Callable[..., Any]:
+    """``allows`` or ``tile_bounds`` of a mask, refused where it returns numbers, of which ``&`` makes other ones."""
+
+    @functools.wraps(method)
+    def checked(self: Description, b: Any, h: Any, q: Any, kv: Any) -> Any:
+        answer = method(self, b, h, q, kv)
+        for part in answer if isinstance(answer, tuple) else (answer,):
+            if not isinstance(part, bool) and getattr(part, "dtype", None) != np.bool_:
+                raise TypeError(f"{method.__name__} of {self!r} must return bool, got {checks.describe(part)}")
+        return answer
+
+    return checked
 
 
 def _says_what_it_takes(init: Callable[..., None]) -> Callable[..., None]:

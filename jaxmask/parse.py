@@ -1,10 +1,12 @@
 """Masks from text, for the command line and for configuration files: ``causal & sliding_window(3)``."""
 
 import ast
+import operator
 import re
 import unicodedata
 from dataclasses import MISSING, dataclass, fields
 from difflib import get_close_matches
+from functools import reduce
 
 from jaxmask import checks
 from jaxmask.mask import Empty, Full, Mask
@@ -38,6 +40,8 @@ _NEEDS_PYTHON = {
 
 # An error shows so many characters before its column, and after it, so that they fit one line of a terminal.
 _BEFORE, _AFTER = 50, 25
+# What reads a mask calls itself for each level, and Python does so a thousand times at most.
+_MOST_LEVELS = 50
 
 
 class MaskSyntaxError(ValueError):
@@ -79,12 +83,14 @@ def parse_mask(text: str) -> Mask:
         column = error.offset - 1 if error.offset else len(reader.source)
         raise reader.error(column, error.msg) from None
     except (RecursionError, MemoryError):
-        raise reader.error(0, "the mask is nested too deeply") from None
+        # Python's own parser, to which a chain of thousands is nested, too.
+        raise reader.error(0, "the mask has too many parts, or is nested too deeply") from None
 
 
 @dataclass
 class _Reader:
     source: str
+    levels: int = 0
 
     def read(self) -> Mask:
         if not self.source:
@@ -96,11 +102,19 @@ class _Reader:
         return self.mask(ast.parse(self.source, mode="eval").body)
 
     def mask(self, node: ast.expr) -> Mask:
+        self.levels += 1
+        if self.levels > _MOST_LEVELS:
+            raise self.error(node, f"the mask is nested too deeply, in more than {_MOST_LEVELS} levels")
+        mask = self.mask_at_level(node)
+        self.levels -= 1
+        return mask
+
+    def mask_at_level(self, node: ast.expr) -> Mask:
         match node:
-            case ast.BinOp(left, ast.BitAnd(), right):
-                return self.mask(left) & self.mask(right)
-            case ast.BinOp(left, ast.BitOr(), right):
-                return self.mask(left) | self.mask(right)
+            case ast.BinOp(_, ast.BitAnd(), _):
+                return reduce(operator.and_, map(self.mask, self.chain(node, ast.BitAnd)))
+            case ast.BinOp(_, ast.BitOr(), _):
+                return reduce(operator.or_, map(self.mask, self.chain(node, ast.BitOr)))
             case ast.UnaryOp(ast.Invert(), operand):
                 return ~self.mask(operand)
             case ast.Name(name):
@@ -108,22 +122,29 @@ class _Reader:
             case ast.Call(ast.Name(name), arguments, []):
                 return self.build(node, name, arguments)
             case ast.Call(ast.Name(name), _, [keyword, *_]):
-                raise self.error(self.column(keyword), f"arguments of {name} are given by position, without names")
+                raise self.error(keyword, f"arguments of {_short(name)} are given by position, without names")
             case ast.BinOp(first) | ast.BoolOp(_, [first, *_]) | ast.Compare(first):
                 raise self.error(self.column_after(first), "masks combine by &, | and ~ only")
             case ast.UnaryOp():
-                raise self.error(self.column(node), "masks combine by &, | and ~ only")
+                raise self.error(node, "masks combine by &, | and ~ only")
             case _:
-                raise self.error(self.column(node), "expected a mask such as causal or sliding_window(3)")
+                raise self.error(node, "expected a mask such as causal or sliding_window(3)")
+
+    def chain(self, node: ast.expr, kind: type[ast.operator]) -> list[ast.expr]:
+        """What an operator joins. To Python's parser each is the operand of the next, and they are one level here."""
+        parts: list[ast.expr] = []
+        while isinstance(node, ast.BinOp) and isinstance(node.op, kind):
+            parts.append(node.right)
+            node = node.left
+        return [node, *reversed(parts)]
 
     def build(self, node: ast.expr, name: str, arguments: list[ast.expr]) -> Mask:
-        column = self.column(node)
         if name in _NEEDS_PYTHON:
-            raise self.error(column, f"{name} holds arrays or a function, which a text cannot: build it in Python")
+            raise self.error(node, f"{name} holds arrays or a function, which a text cannot: build it in Python")
         if name not in _BY_NAME:
-            close = get_close_matches(name, [*_BY_NAME, *_NEEDS_PYTHON], n=1)
+            close = get_close_matches(_short(name), [*_BY_NAME, *_NEEDS_PYTHON], n=1)
             hint = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(_MASKS)}"
-            raise self.error(column, f"unknown mask {name!r}; {hint}")
+            raise self.error(node, f"unknown mask {_short(name)!r}; {hint}")
         kind = _BY_NAME[name]
         try:
             if kind is PerHead:
@@ -136,12 +157,12 @@ class _Reader:
             required = sum(field.default is MISSING for field in expected)
             if not required <= len(values) <= len(expected):
                 names = ", ".join(field.name for field in expected)
-                raise self.error(column, f"expected {name}({names}), got {len(values) or 'no'} argument(s)")
+                raise self.error(node, f"expected {name}({names}), got {len(values) or 'no'} argument(s)")
             return kind(*values)
         except MaskSyntaxError:
             raise
         except (TypeError, ValueError) as error:
-            raise self.error(column, str(error)) from None
+            raise self.error(node, str(error)) from None
 
     def argument(self, node: ast.expr) -> int | None:
         match node:
@@ -151,11 +172,8 @@ class _Reader:
             case ast.UnaryOp(ast.USub(), ast.Constant(value)) if type(value) is int:
                 return -value  # the mask refuses it, and says what it expects
             case _:
-                end = self.character(node.end_col_offset or 0)
-                raise self.error(self.column(node), f"expected an integer, got {self.source[self.column(node) : end]}")
-
-    def column(self, node: ast.expr | ast.keyword) -> int:
-        return self.character(node.col_offset)
+                given = self.source[self.character(node.col_offset) : self.character(node.end_col_offset or 0)]
+                raise self.error(node, f"expected an integer, got {_short(given)}")
 
     def column_after(self, node: ast.expr) -> int:
         rest = self.source[self.character(node.end_col_offset or 0) :]
@@ -165,7 +183,8 @@ class _Reader:
         # The parser counts in bytes of UTF-8.
         return len(self.source.encode()[:byte].decode())
 
-    def error(self, column: int, problem: str) -> MaskSyntaxError:
+    def error(self, at: int | ast.expr | ast.keyword, problem: str) -> MaskSyntaxError:
+        column = at if isinstance(at, int) else self.character(at.col_offset)
         # Where something is missing, the parser may point past the end.
         column = max(0, min(column, len(self.source)))
         start, end = max(0, column - _BEFORE), column + _AFTER
@@ -176,6 +195,10 @@ class _Reader:
     def _shown(self, start: int, end: int) -> str:
         # A control character could move the cursor, and the caret with it.
         return "".join(character if character.isprintable() else "\ufffd" for character in self.source[start:end])
+
+
+def _short(text: str) -> str:
+    return checks.shown(text, _BEFORE)
 
 
 def _width(character: str) -> int:

@@ -35,7 +35,7 @@ def dense(mask: Description, at: Positions, sizes: Sizes) -> Bool[Array, "batch 
 
     def allows(b: Any, h: Any) -> tuple[Allowed]:
         q, kv = at.of_queries(b, iota(at.query_length, 2)), iota(at.key_length, 3)
-        return (_as_bool(mask, mask.allows(b, h, q, kv)),)
+        return (mask.allows(b, h, q, kv),)
 
     (allowed,), batch, heads = _read(mask, at, sizes, allows)
     return jnp.broadcast_to(allowed, (batch, heads, at.query_length, at.key_length))
@@ -105,9 +105,3 @@ def _depends(look: Callable[[Any, Any], tuple[Allowed, ...]], b: Any, h: Any, ax
     except ValueError:
         return True
     return False
-
-
-def _as_bool(mask: Description, allowed: Any) -> Allowed:
-    if not isinstance(allowed, bool) and allowed.dtype != np.bool_:
-        raise TypeError(f"allows of {mask!r} must return bool, got {checks.describe(allowed)}")
-    return allowed

@@ -10,6 +10,14 @@ import torch
 
 from jaxmask import checks
 
+# What JAX has of each dtype without 64-bit mode.
+_HALVES = {
+    torch.int64: torch.int32,
+    torch.uint64: torch.uint32,
+    torch.float64: torch.float32,
+    torch.complex128: torch.complex64,
+}
+
 
 def to_torch(array: jax.Array) -> torch.Tensor:
     """A JAX array as a PyTorch tensor of the same dtype, bfloat16 and bool included, on the same memory.
@@ -46,7 +54,7 @@ def to_jax(tensor: torch.Tensor) -> jax.Array:
 
     Raises:
         TypeError: ``tensor`` is not a PyTorch tensor.
-        ValueError: it has 64 bits while 64-bit mode is off, or it requires grad.
+        ValueError: its numbers have 64 bits, or parts of 64 bits, while 64-bit mode is off; or it requires grad.
 
     >>> to_jax(torch.tensor([1.5, 2.5], dtype=torch.bfloat16))
     Array([1.5, 2.5], dtype=bfloat16)
@@ -55,13 +63,14 @@ def to_jax(tensor: torch.Tensor) -> jax.Array:
         raise TypeError(f"tensor must be a PyTorch tensor, got a {type(tensor).__name__}")
     if tensor.requires_grad:
         raise ValueError("tensor requires grad, which JAX cannot continue: hand over tensor.detach()")
-    if tensor.dtype in (torch.int64, torch.float64) and not checks.has_64_bits():
+    if tensor.dtype in _HALVES and not checks.has_64_bits():
         raise ValueError(
-            f"tensor is {tensor.dtype}, and JAX would cut it to 32 bits: convert it first, as by "
-            f"tensor.to({torch.int32 if tensor.dtype == torch.int64 else torch.float32}), or switch 64-bit mode on by "
+            f"tensor is {tensor.dtype}, and JAX would cut it in half: convert it first, as by "
+            f"tensor.to({_HALVES[tensor.dtype]}), or switch 64-bit mode on by "
             'jax.config.update("jax_enable_x64", True)'
         )
-    return jnp.from_dlpack(tensor.contiguous())
+    # A bit of a tensor may say that its numbers are to be negated or conjugated, and DLPack does not know of it.
+    return jnp.from_dlpack(tensor.resolve_conj().resolve_neg().contiguous())
 
 
 def bits(tensor: torch.Tensor) -> torch.Tensor:

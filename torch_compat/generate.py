@@ -18,12 +18,16 @@ from rich.live import Live
 from rich.panel import Panel
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.text import Text
-from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
+from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
+from transformers.tokenization_utils_base import TOKENIZER_CONFIG_FILE
 from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME, logging
 
+from jaxmask import checks
 from jaxmask.flax import Decoder, generate, left_pad
 from jaxmask.flax.models.generate import check_settings
 from torch_compat import models
+from torch_compat.models.checkpoints import FROM_FILES_ALONE, read_json
 from torch_compat.weights import smollm2_checkpoint
 
 
@@ -40,19 +44,45 @@ def load(folder: Path, gguf_file: str | None = None) -> tuple[Decoder, Any, list
         model = models.load(folder, gguf_file=gguf_file)
     if not isinstance(model, Decoder):
         raise ValueError(f"a text needs a decoder, but {str(folder)!r} holds the checkpoint of an encoder")
-    how: dict[str, Any] = {} if gguf_file is None else {"gguf_file": gguf_file}
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, **how)
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"the tokenizer in {str(folder)!r} is missing or broken; save it there by tokenizer.save_pretrained(folder)"
-        ) from error
+    tokenizer = _tokenizer(folder, gguf_file)
     # The order of Transformers' generate. A chat model may end a turn by one token and a text by another.
-    files: dict[str, Any] = {GENERATION_CONFIG_NAME: GenerationConfig}
-    files |= {CONFIG_NAME: AutoConfig} if gguf_file is None else {}
-    ends = [kind.from_pretrained(folder).eos_token_id for file, kind in files.items() if (folder / file).is_file()]
+    ends = [_end(folder / GENERATION_CONFIG_NAME)]
+    if gguf_file is None:
+        ends.append(AutoConfig.from_pretrained(folder, **FROM_FILES_ALONE).eos_token_id)
     end = next((end for end in (*ends, tokenizer.eos_token_id) if end is not None), [])
     return model, tokenizer, np.atleast_1d(end).tolist()
+
+
+def _tokenizer(folder: Path, gguf_file: str | None) -> Any:
+    """The tokenizer of a folder, as a class of Transformers: one that the folder brings itself is never run."""
+    for file in (TOKENIZER_CONFIG_FILE, CONFIG_NAME):
+        name = read_json(folder / file).get("tokenizer_class") if (folder / file).is_file() else None
+        # Transformers takes any of its classes, and some of them read more than a tokenizer.
+        kind = tokenizer_class_from_name(name) if isinstance(name, str) else None
+        if name is not None and not (kind is None or issubclass(kind, PreTrainedTokenizerBase)):
+            raise ValueError(
+                f"tokenizer_class of {file} in {str(folder)!r} must name a tokenizer, got {checks.describe(name)}"
+            )
+    how = (
+        FROM_FILES_ALONE
+        if gguf_file is None
+        else {**FROM_FILES_ALONE, "gguf_file": str((folder / gguf_file).resolve())}
+    )
+    try:
+        return AutoTokenizer.from_pretrained(folder, **how)
+    except Exception as error:  # it checks little of what it reads
+        raise ValueError(
+            f"the tokenizer in {str(folder)!r} is missing, broken, or brings its own code, which is not run; save it "
+            "there by tokenizer.save_pretrained(folder)"
+        ) from error
+
+
+def _end(path: Path) -> Any:
+    """What a configuration of generation says of the tokens that end a text."""
+    end = read_json(path).get("eos_token_id") if path.is_file() else None
+    if end is not None and not all(isinstance(token, int) for token in (end if isinstance(end, list) else [end])):
+        raise ValueError(f"eos_token_id of {path.name} must be an int or a list of them, got {checks.describe(end)}")
+    return end
 
 
 class Continuation:
@@ -189,6 +219,15 @@ def _bar(log: Console, what: str) -> Progress:
     return progress
 
 
+# Escape sequences, which a vocabulary may hold, move the cursor, and can set the title of a window or its clipboard.
+_CONTROLS = {code: "\ufffd" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
+
+
+def _visible(text: str) -> str:
+    """The text for a terminal, without the characters that steer one."""
+    return text.translate(_CONTROLS)
+
+
 class _Screen:
     """The texts on the screen while they are being written.
 
@@ -219,7 +258,7 @@ class _Screen:
         if len(self.texts) == 1:
             self.bar.stop()
             if self.console.is_terminal:
-                self.console.out(self.texts[0].prompt, style="bold", end="", highlight=False)
+                self.console.out(_visible(self.texts[0].prompt), style="bold", end="", highlight=False)
             else:
                 self.write(self.texts[0].prompt)
         elif self.console.is_terminal:
@@ -231,7 +270,8 @@ class _Screen:
 
     def panels(self) -> Group:
         """Every text in a frame of its own."""
-        return Group(*(Panel(Text.assemble((text.prompt, "bold"), text.text)) for text in self.texts))
+        texts = (Text.assemble((_visible(text.prompt), "bold"), _visible(text.text)) for text in self.texts)
+        return Group(*map(Panel, texts))
 
     def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
         self.bar.stop()
@@ -243,6 +283,6 @@ class _Screen:
             self.write("\n\n".join(text.prompt + text.text for text in self.texts), "\n")
 
     def write(self, *texts: str) -> None:
-        """Write texts as they are. The console would turn tabs into spaces."""
-        self.console.file.writelines(texts)
+        """Write texts as they are, but for what would steer a terminal. The console would turn tabs into spaces."""
+        self.console.file.writelines(map(_visible, texts) if self.console.is_terminal else texts)
         self.console.file.flush()

@@ -258,6 +258,8 @@ class Cache(_Pytree):
         """
         batch, length = checks.integer("batch", batch, 1), checks.integer("length", length, 1)
         heads = checks.integer("kv_heads", kv_heads, 1), checks.integer("dim", dim, 1)
+        if not isinstance(layers, Sequence | np.ndarray) or isinstance(layers, str):
+            raise TypeError(f"layers must be a sequence of windows, one for each layer, got {checks.describe(layers)}")
         dtype, windows = checks.float_dtype(dtype), tuple(layers)
         if not windows:
             raise ValueError("layers must give the window of each layer, or None for one that keeps all, got none")

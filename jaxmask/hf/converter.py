@@ -55,7 +55,9 @@ class AttentionMaskConverter:
 
     def __post_init__(self) -> None:
         if self.sliding_window is not None:
-            checks.integer("sliding_window", self.sliding_window, minimum=1)
+            # As a Python int, for an array has no hash.
+            window = checks.integer("sliding_window", self.sliding_window, minimum=1)
+            object.__setattr__(self, "sliding_window", window)
 
     def to_causal_4d(
         self,

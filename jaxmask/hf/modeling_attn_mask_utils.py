@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Array, DTypeLike, Float, Shaped
+from jaxtyping import Array, DTypeLike, Float, Integer, Shaped
 
 from jaxmask import bias
 from jaxmask.hf import converter
@@ -36,7 +36,7 @@ class AttentionMaskConverter:
     sliding_window: int | None = None
 
     def __post_init__(self) -> None:
-        self._converter()
+        object.__setattr__(self, "sliding_window", self._converter().sliding_window)
 
     def _converter(self) -> converter.AttentionMaskConverter:
         return converter.AttentionMaskConverter(self.is_causal, self.sliding_window)
@@ -70,7 +70,9 @@ class AttentionMaskConverter:
         return converter.expand_mask(mask, tgt_len, dtype=dtype)
 
     @staticmethod
-    def _unmask_unattended(expanded_mask: Float[Array | np.ndarray, "..."], min_dtype: float) -> Float[Array, "..."]:
+    def _unmask_unattended(
+        expanded_mask: Float[Array | np.ndarray, "..."] | Integer[Array | np.ndarray, "..."], min_dtype: float
+    ) -> Float[Array, "..."] | Integer[Array, "..."]:
         """See :func:`jaxmask.unmask_unattended`."""
         return bias.unmask_unattended(expanded_mask, min_dtype)
 

@@ -1,6 +1,5 @@
 """The arguments of one call of attention, checked, as every kernel takes them."""
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -178,7 +177,7 @@ def checked_call(
         raise ValueError(f"sinks must have one logit for each of the {heads} heads, got {checks.describe(sinks)}")
     factor = dim**-0.5 if scale is None else _finite("scale", scale)
     logits_soft_cap = None if logits_soft_cap is None else _finite("logits_soft_cap", logits_soft_cap)
-    if logits_soft_cap is not None and logits_soft_cap <= 0:
+    if logits_soft_cap is not None and logits_soft_cap < checks.POSITIVE:
         raise ValueError(f"logits_soft_cap must be positive, got {logits_soft_cap}; None is no cap")
     if bias is not None and not callable(bias):
         checks.array("bias", bias, "f", hint="; a bool mask is Dense(allowed), joined to the mask by &")
@@ -261,9 +260,5 @@ def _dropout(rate: float, rng: Any, is_shared: bool) -> Dropout | None:
 
 
 def _finite(name: str, value: Any) -> float:
-    if checks.is_array(value) or isinstance(value, bool) or not isinstance(value, int | float | np.floating):
-        hint = "; multiply the query by an array instead" if name == "scale" and checks.is_array(value) else ""
-        raise TypeError(f"{name} must be a Python float, got {checks.describe(value)}{hint}")
-    if not math.isfinite(value):
-        raise ValueError(f"{name} must be finite, or every output is NaN, got {value}")
-    return float(value)
+    hint = "; multiply the query by an array instead" if name == "scale" and checks.is_array(value) else ""
+    return checks.real(name, value, hint=hint)

@@ -67,7 +67,7 @@ def shared_prefix(
         prefix_ids: integer ``[batch, documents]``: the document that each continues, or itself.
 
     Raises:
-        ValueError: the batches differ; an id, in NumPy, is no index of ``prefix_ids``.
+        ValueError: the batches differ; an id, in NumPy, is not an index of ``prefix_ids``.
 
     >>> print(shared_prefix(np.array([[0, 0, 1, 1, 2]]), np.array([[0, 0, 0]])).dense(5, 5)[0, 0].astype(int))
     [[1 0 0 0 0]
@@ -89,6 +89,7 @@ def shared_prefix(
             f"segment_ids must be indices of the {count} documents in prefix_ids, {checks.describe(prefix)}, got ids "
             f"from {ids.min()} to {ids.max()}"
         )
+    checks.in_range("prefix_ids", prefix, 0, count - 1)
     ids = checks.int32("segment_ids", ids, -checks.INT32_MAX)
     prefix = checks.int32("prefix_ids", prefix, -checks.INT32_MAX)
     xp = library(ids, prefix)

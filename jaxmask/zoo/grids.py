@@ -84,6 +84,8 @@ def morton_natten(canvas: Sizes, kernel: Sizes) -> Mask:
      [0 0 0 1 0 0 1 1]]
     """
     canvas, kernel = _checked_axes(canvas=canvas, kernel=kernel)
+    if len(canvas) != 2:
+        raise ValueError(f"canvas must be (height, width), got {canvas}")
     # The bits of a position are those of the column and of the row in turn, from the lowest on.
     index = np.arange(math.prod(canvas), dtype=np.int32)
     zero = np.zeros_like(index)

@@ -145,15 +145,18 @@ def vsa(
         num_kv_tiles: number of tiles of keys, static.
         variable_block_sizes: integer ``[batch, kv_tiles]``: how many tokens of a tile are not padding.
 
+    Raises:
+        ValueError: an index or a size, in NumPy, is out of range.
+
     >>> print(vsa(np.array([[[[1], [0]]]]), tile_numel=2, num_kv_tiles=2).dense(4, 4)[0, 0].astype(int))
     [[0 0 1 1]
      [0 0 1 1]
      [1 1 0 0]
      [1 1 0 0]]
     """
-    checks.fits_int32("topk_indices", checks.array("topk_indices", topk_indices, "i", 4))
     tile_numel = checks.integer("tile_numel", tile_numel, minimum=1)
     num_kv_tiles = checks.integer("num_kv_tiles", num_kv_tiles, minimum=1)
+    checks.in_range("topk_indices", checks.array("topk_indices", topk_indices, "i", 4), 0, num_kv_tiles - 1)
     checks.integer("tile_numel * num_kv_tiles", tile_numel * num_kv_tiles, 1, LIMIT)
     chosen = Blocks((topk_indices[..., None] == np.arange(num_kv_tiles)).any(3), tile_numel)
     if variable_block_sizes is None:
@@ -164,5 +167,6 @@ def vsa(
             f"variable_block_sizes must have a size for each of {num_kv_tiles} tiles of keys, got "
             f"{checks.describe(sizes)}"
         )
+    checks.in_range("variable_block_sizes", sizes, 0, tile_numel)
     sizes = checks.int32("variable_block_sizes", sizes, 0)
     return chosen & Padding((np.arange(tile_numel) < sizes[..., None]).reshape(sizes.shape[0], -1))

@@ -22,6 +22,7 @@ from jaxmask import (
     Segments,
     SlidingWindow,
     Window,
+    zoo,
 )
 from jaxmask.bias import from_allowed
 from jaxmask.hf import modeling_attn_mask_utils as hf
@@ -63,6 +64,8 @@ def shapeless_predicate(b: Any, h: Any, q: Any, kv: Any) -> Any:
 
 TYPE, VALUE = TypeError, ValueError
 
+FAR = np.full((1, 2, 5), 2**40)
+CHOSEN = np.array([[[[1], [0]]]])
 TABLE = [
     bad(
         "window-one-side",
@@ -707,6 +710,25 @@ TABLE = [
         argument=VALID[None],
     ),
     bad("unmask-int", lib.unmask_unattended, TYPE, "expanded_mask", r"int32\[1, 2, 5\]", "float", argument=ONES[None]),
+    bad("bias-without-zero", lambda: CAUSAL.bias(2, 2, "float8_e8m0fnu"), TYPE, "dtype must have zero and negative"),
+    bad("unmask-long", lambda: lib.unmask_unattended(FAR, -1), VALUE, "expanded_mask must fit an int32"),
+    bad("morton-axes", lambda: zoo.morton_natten((4,), (1,)), VALUE, r"canvas must be \(height, width\)", r"\(4,\)"),
+    bad("vsa-tile", lambda: zoo.vsa(CHOSEN + 1, 2, 2), VALUE, "topk_indices must be from 0 to 1", "from 1 to 2"),
+    bad("vsa-negative", lambda: zoo.vsa(CHOSEN - 1, 2, 2), VALUE, "topk_indices must be from 0 to 1", "from -1 to 0"),
+    bad(
+        "vsa-size",
+        lambda: zoo.vsa(CHOSEN, 2, 2, np.array([[3, 1]])),
+        VALUE,
+        "variable_block_sizes must be from 0 to 2",
+        "from 1 to 3",
+    ),
+    bad(
+        "shared-prefix",
+        lambda: zoo.shared_prefix(np.array([[0, 1]]), np.array([[0, 2]])),
+        VALUE,
+        "prefix_ids must be from 0 to 1",
+        "from 0 to 2",
+    ),
     bad(
         "unmask-rank",
         lib.unmask_unattended,

@@ -13,6 +13,7 @@ from jaxmask import (
     Dense,
     Mask,
     Padding,
+    PerHead,
     Predicate,
     Prefix,
     Segments,
@@ -126,5 +127,45 @@ def test_a_mask_that_returns_numbers_is_refused() -> None:
         def allows(self, b: Any, h: Any, q: Any, kv: Any) -> Any:
             return kv - q
 
+    class Bounds(Mask):
+        def allows(self, b: Any, h: Any, q: Any, kv: Any) -> Any:
+            return kv <= q
+
+        def tile_bounds(self, b: Any, h: Any, q: Any, kv: Any) -> Any:
+            return 1, False
+
     with pytest.raises(TypeError, match=r"allows of Numbers\(\) must return bool, got int32"):
         Numbers().dense(2, 2)
+    with pytest.raises(TypeError, match=r"allows of Numbers\(\) must return bool, got int32"):
+        Numbers().allows(0, 0, jnp.arange(3), 1)
+    x = jnp.ones((1, 300, 1, 8))
+    for mask in (Numbers(), Numbers() & Causal(), ~Numbers() | Causal(), PerHead([Numbers()])):
+        for name in ("xla", "blocked"):
+            with pytest.raises(TypeError, match=r"allows of Numbers\(\) must return bool, got int32"):
+                attention(x, x, x, mask, implementation=name)
+    with pytest.raises(TypeError, match=r"tile_bounds of Bounds\(\) must return bool, got 1"):
+        Bounds().tiles(4, 4, block=2)
+
+
+def test_what_is_written_into_an_array_later_does_not_change_a_mask_of_it() -> None:
+    ids, allowed, lengths, starts = np.zeros((1, 4), int), np.ones((4, 4), bool), np.array([4]), np.array([0])
+    masks = [
+        Segments(ids),
+        Segments(ids, ids, offset=0, consecutive=True),
+        Dense(allowed),
+        Padding(allowed),
+        Prefix(lengths),
+        Chunked(4, starts),
+        Causal() | Dense(allowed) & ~~Segments(ids),
+    ]
+    expected = [np.asarray(mask.dense(4, 4, query_positions=np.arange(4))) for mask in masks]
+    ids[:, 2:], allowed[1:], lengths[:], starts[:] = 1, False, 1, 2
+    for mask, before in zip(masks, expected, strict=True):
+        np.testing.assert_array_equal(mask.dense(4, 4, query_positions=np.arange(4)), before)
+
+
+def test_an_array_that_cannot_be_written_into_is_not_copied() -> None:
+    allowed = np.broadcast_to(np.ones((1, 1, 4, 1), bool), (1, 2, 4, 4))
+    assert Dense(allowed).allowed is allowed
+    kept = Dense(np.ones((4, 4), bool)).allowed
+    assert Dense(kept).allowed is kept

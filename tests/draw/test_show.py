@@ -162,6 +162,20 @@ def test_an_error_points_at_its_column(text: str, column: int, problem: str) -> 
     assert shown.startswith("  " + re.sub(r"\s", " ", text).strip()[: column // 2].replace("\0", "\ufffd"))
 
 
+def test_a_chain_is_not_nested() -> None:
+    assert repr(parse_mask(" | ".join(["causal", "prefix(2)"] * 500))) == " | ".join(["Causal()", "Prefix(2)"] * 500)
+    assert repr(parse_mask("causal & full & empty | prefix(2)")) == "Prefix(2)"
+
+
+@pytest.mark.parametrize(
+    "text", ["x" * 10**6, "x" * 10**6 + "(1)", "prefix(" + "x" * 10**6 + ")", "x" * 10**6 + "(a=1)"]
+)
+def test_a_long_name_is_not_echoed(text: str) -> None:
+    with pytest.raises(MaskSyntaxError, match=r"x{50}…") as caught:
+        parse_mask(text)
+    assert len(str(caught.value)) < 500
+
+
 @pytest.mark.parametrize("depth", [100, 5_000])
 def test_an_error_in_a_long_text_shows_what_is_around_it(depth: int) -> None:
     text = "(" * 90 + "casual" + ")" * 90 + " & full" * (depth // 100)
@@ -483,6 +497,12 @@ def test_command_show_outlines_tiles_and_draws_large_masks_by_them() -> None:
     ("arguments", "problem"),
     [
         (["casual", "--query", "2"], "did you mean 'causal'?\n  casual\n  ^\n"),
+        (["per_head(" * 180 + "causal" + ")" * 180, "--query", "2"], "nested too deeply"),
+        (
+            ["causal", "--query", "2147483647"],
+            "query must be at most 16777216, to be drawn in seconds, got 2147483647\n",
+        ),
+        (["causal", "--query", "2", "--key", "2147483647"], "key must be at most 16777216"),
         (["causal", "--query", "0"], "query_length must be at least 1"),
         (["causal", "--query", "2", "--block", "0"], "block must be at least 1"),
         (["causal", "--query", "2", "--offset", "99999999999"], "fit an int32"),
@@ -495,6 +515,33 @@ def test_command_show_refuses(arguments: list[str], problem: str) -> None:
     status, _, err = run("show", *arguments)
     assert status == 2
     assert problem in err
+
+
+@pytest.mark.parametrize(
+    "text", [" | ".join(["sliding_window(3)"] * 1_000), "per_head(" * 49 + "causal" + ")" * 49, "~" * 49 + "causal"]
+)
+def test_command_show_draws_a_long_chain_and_a_deep_nest(text: str) -> None:
+    assert run("show", text, "--query", "4")[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "said"),
+    [
+        (ValueError("a\nb"), 2, "jaxmask: a\\nb\n"),
+        (OSError("disk \x1b[2J"), 2, "jaxmask: disk \\x1b[2J\n"),
+        (RecursionError("deep"), 1, "jaxmask: RecursionError: deep\n"),
+        (KeyError("lost"), 1, "jaxmask: KeyError: 'lost'\n"),
+        (AssertionError("a bug"), 1, "jaxmask: AssertionError: a bug\n"),
+    ],
+)
+def test_every_error_of_a_command_is_a_line_and_a_status(
+    error: Exception, status: int, said: str, verification: "Verification", monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(**_: object) -> int:
+        raise error
+
+    monkeypatch.setattr(verification, "run", fail)
+    assert run("verify") == (status, "", said)
 
 
 class Verification(ModuleType):

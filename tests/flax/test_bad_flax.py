@@ -11,7 +11,17 @@ from flax import nnx
 
 import jaxmask
 from jaxmask import Causal, Segments, SlidingWindow
-from jaxmask.flax import Cache, Decoder, DecoderConfig, DecoderLayer, generate, left_pad
+from jaxmask.flax import (
+    Cache,
+    Decoder,
+    DecoderConfig,
+    DecoderLayer,
+    EncoderConfig,
+    Llama3Scaling,
+    Rope,
+    generate,
+    left_pad,
+)
 from tests.helpers.bad import bad, refusals
 
 VALUE, TYPE = ValueError, TypeError
@@ -57,6 +67,7 @@ CACHE = [
     bad("batch", lambda: empty(0), VALUE, "batch must be at least 1", "got 0"),
     bad("length", lambda: empty(length=2.0), TYPE, "length must be a Python int", "got 2.0"),
     bad("no-layers", lambda: empty(layers=()), VALUE, "layers must give the window of each layer"),
+    bad("number-of-layers", lambda: empty(layers=3), TYPE, "layers must be a sequence of windows", "got 3"),
     bad("window", lambda: empty(layers=(None, 0)), VALUE, r"layers\[1\] must be at least 1", "got 0"),
     bad("bool", lambda: empty(batch=True), TYPE, "batch must be a Python int", "got True"),
     bad("negative", lambda: empty(length=np.int64(-1)), VALUE, "length must be at least 1", "got -1"),
@@ -92,7 +103,32 @@ CACHE = [
     ),
 ]
 
+ANOTHER = "cache is not one of this model", "its empty_cache"
 DECODER = [
+    bad("no-tokens", lambda: MODEL(TOKENS[:, :0]), VALUE, "tokens must have at least one token", r"int32\[2, 0\]"),
+    bad("fewer-layers", lambda: MODEL(TOKENS, cache=empty(layers=(None,))), VALUE, *ANOTHER),
+    bad("more-layers", lambda: MODEL(TOKENS, cache=empty(layers=(None, 4, 4))), VALUE, *ANOTHER),
+    bad("other-heads", lambda: MODEL(TOKENS, cache=empty(kv_heads=2)), VALUE, *ANOTHER),
+    bad("other-dim", lambda: MODEL(TOKENS, cache=empty(dim=8)), VALUE, *ANOTHER),
+    bad("other-dtype", lambda: MODEL(TOKENS, cache=empty(dtype=jnp.bfloat16)), VALUE, *ANOTHER),
+    bad("a-ring-for-all", lambda: MODEL(TOKENS, cache=empty(layers=(4, 4))), VALUE, *ANOTHER),
+    bad("a-shorter-ring", lambda: MODEL(TOKENS, cache=empty(layers=(None, 3))), VALUE, *ANOTHER),
+    bad("layers-number", lambda: config(layers=3), TYPE, "layers must be a tuple with a DecoderLayer", "got 3"),
+    bad("layers-of-another", lambda: config(layers=(3,)), TYPE, "layers must be a tuple", r"got \(3,\)"),
+    bad("epsilon", lambda: config(epsilon=-1e-6), VALUE, "epsilon must be at least 0", "got -1e-06"),
+    bad("epsilon-text", lambda: config(epsilon="x"), TYPE, "epsilon must be a Python float", "got 'x'"),
+    bad("attention-cap", lambda: config(attention_cap=-1.0), VALUE, "attention_cap must be positive", "got -1.0"),
+    bad("logits-cap", lambda: config(logits_cap=0), VALUE, "logits_cap must be positive", "got 0"),
+    bad("attention-scale", lambda: config(attention_scale=1e300), VALUE, "attention_scale must be finite", "1e.300"),
+    bad("embedding-scale", lambda: config(embedding_scale=10**400), VALUE, "embedding_scale must be finite"),
+    bad("encoder-epsilon", lambda: EncoderConfig(16, 8, 16, 1, 2, epsilon=-1.0), VALUE, "epsilon must be at least 0"),
+    bad("theta", lambda: Rope(theta=0), VALUE, "theta must be positive", "got 0"),
+    bad("factor", lambda: Rope(factor=-1.0), VALUE, "factor must be positive", "got -1.0"),
+    bad("llama-factor", lambda: Llama3Scaling(0, 1, 4, 8), VALUE, "factor must be positive", "got 0"),
+    bad("llama-frequencies", lambda: Llama3Scaling(8, 4, 4, 8), VALUE, "high_frequency_factor must be above low"),
+    bad("chunk", lambda: DecoderLayer(chunk=-1), VALUE, "chunk must be at least 1", "got -1"),
+    bad("pad-of-a-batch", lambda: left_pad([[1]], pad=2**40), VALUE, "pad must fit an int32", "1099511627776"),
+    bad("pad", lambda: run(pad=2**40), VALUE, "pad must fit an int32", "1099511627776"),
     bad("floats", lambda: MODEL(jnp.zeros((1, 3))), TYPE, "tokens must be integer", r"float32\[1, 3\]"),
     bad(
         "positions",

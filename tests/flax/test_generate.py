@@ -144,6 +144,13 @@ def test_what_is_likely_is_what_transformers_draws_from(
     np.testing.assert_allclose(actual, scores.numpy(), rtol=1e-6)
 
 
+@pytest.mark.parametrize("temperature", [1e-3, 1e-30, 2e-38])
+def test_a_small_temperature_draws_the_likeliest_token(model: Decoder, temperature: float) -> None:
+    prompts = left_pad(PROMPTS)
+    drawn = generate(model, *prompts, max_new_tokens=3, temperature=temperature, key=jax.random.key(0))
+    np.testing.assert_array_equal(drawn.tokens, generate(model, *prompts, max_new_tokens=3).tokens)
+
+
 def test_tokens_are_drawn_as_often_as_they_are_likely() -> None:
     """A model that gives every text the same logits."""
     config = DecoderConfig(4, 4, 4, heads=1, kv_heads=1, head_dim=4, layers=(DecoderLayer(),), tied=False)

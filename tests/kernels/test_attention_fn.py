@@ -2,6 +2,7 @@
 
 import inspect
 import re
+from collections import Counter
 from functools import partial
 from typing import Any
 
@@ -137,7 +138,7 @@ def test_every_parameter_of_flax_is_one_of_ours(theirs: Any) -> None:
 
 
 REFUSED: dict[str, Any] = {
-    "precision": jax.lax.Precision.HIGHEST,
+    "precision": (jax.lax.Precision.HIGHEST, jax.lax.Precision.DEFAULT),
     "module": linen.Dense(3),
     "einsum_dot_general": jax.lax.dot_general,
     "qk_attn_weights_einsum": jnp.einsum,
@@ -149,6 +150,40 @@ REFUSED: dict[str, Any] = {
 def test_what_cannot_be_honoured_is_refused(name: str) -> None:
     with pytest.raises(ValueError, match=name):
         make_attention_fn()(*heads(2), **{name: REFUSED[name]})
+
+
+@pytest.mark.parametrize("name", ["high", "highest"])
+@pytest.mark.parametrize("implementation", ["xla", "blocked"])
+def test_all_products_have_the_precision_of_the_call(implementation: Any, name: str) -> None:
+    def products(*arrays: Any, **how: Any) -> Counter[str]:
+        """The number of products, and how often each precision is that of one, in the output and its gradients."""
+
+        def attend(*arrays: Any) -> jax.Array:
+            # Made inside, so that offset, sinks and mask are traced, too.
+            attend = make_attention_fn(BASE, offset=arrays[3], sinks=arrays[4], implementation=implementation)
+            return attend(*arrays[:3], **how).sum()
+
+        program = str(jax.make_jaxpr(jax.grad(attend, (0, 1, 2, 4)))(*arrays, jnp.int32(0), jnp.ones(HEADS)))
+        return Counter(re.findall(r"precision=\S+|dot_general\[", program))
+
+    arrays = heads(2)
+    none = products(*arrays)
+    assert none == products(*arrays, precision="default") == products(*arrays, precision=jax.lax.Precision.DEFAULT)
+    wanted = products(*arrays, precision=name)
+    assert wanted == products(*arrays, precision=(name, jax.lax.Precision[name.upper()]))
+    assert none.total() < 2 * none["dot_general["]
+    assert wanted.total() == 2 * wanted["dot_general["] == 2 * none["dot_general["]
+
+
+def test_a_precision_changes_no_output_nor_gradient() -> None:
+    def gradients(*arrays: Any, **how: Any) -> Any:
+        attend = make_attention_fn(BASE, implementation="blocked")
+        return jax.value_and_grad(lambda *arrays: attend(*arrays, **how).sum(), (0, 1, 2))(*arrays)
+
+    # On a CPU every product is of the highest precision.
+    jax.tree.map(same, gradients(*heads(2), precision="highest"), gradients(*heads(2)))
+    attend = make_attention_fn(SlidingWindow(3))
+    same(jax.vmap(partial(attend, precision="highest"))(*heads(2)), attend(*heads(2)))
 
 
 @pytest.mark.parametrize("is_broadcast", [True, False])

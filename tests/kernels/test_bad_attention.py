@@ -156,6 +156,11 @@ MASKS = [
 NUMBERS = [
     bad("scale-nan", lambda: attend(scale=float("nan")), VALUE, "scale must be finite", "nan"),
     bad("scale-inf", lambda: attend(scale=float("inf")), VALUE, "scale must be finite", "inf"),
+    bad("scale-of-float64", lambda: attend(scale=1e300), VALUE, "scale must be finite in float32", r"1e\+300"),
+    bad("scale-of-numpy", lambda: attend(scale=np.float64(1e300)), VALUE, "scale must be finite in", r"1e\+300"),
+    bad("scale-beyond", lambda: attend(scale=10**400), VALUE, "scale must be finite", "an int of more than 40 digits"),
+    bad("cap-beyond", lambda: attend(logits_soft_cap=10**400), VALUE, "logits_soft_cap must be finite"),
+    bad("cap-of-float64", lambda: attend(logits_soft_cap=1e-300), VALUE, "logits_soft_cap must be positive", "1e-300"),
     bad("scale-array", lambda scale: attend(scale=scale), TYPE, "scale", "multiply the query", argument=jnp.ones(())),
     bad("scale-numpy-array", lambda: attend(scale=np.ones(4)), TYPE, "scale must be a Python float", r"float64\[4\]"),
     bad("scale-bool", lambda: attend(scale=True), TYPE, "scale must be a Python float", "True"),

@@ -127,7 +127,7 @@ def in_terminal(folder: Path, prompts: list[str], new: int) -> tuple[list[str], 
 def test_a_terminal_is_sent_one_text_as_it_comes(folder: Path, expected: list[list[int]]) -> None:
     texts, out, log = in_terminal(folder, PROMPTS[:1], 12)
     assert texts == [read(expected[0])]
-    assert out == f"{PROMPTS[0]}{texts[0]}\n"
+    assert out == PROMPTS[0] + re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "\ufffd", texts[0]) + "\n"
     assert "loading" in log
     assert "compiling a prompt of 1 x 11 tokens" in log
 
@@ -246,3 +246,14 @@ def test_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules, "torch_compat.generate")
     monkeypatch.setattr(sys, "meta_path", [Missing(), *sys.meta_path])
     assert run("a") == (2, "", 'jaxmask: generate needs flax: pip install "jaxmask[checkpoints,cli]"\n')
+
+
+def test_a_terminal_is_sent_no_control_characters() -> None:
+    file = StringIO()
+    console = Console(file=file, force_terminal=True, width=60, color_system=None)
+    text = generation.Continuation(tokenizer_of_bytes("<end>"), "a\x1b]0;b\x07")
+    screen: Any = generation._Screen([text], console, generation._bar(Console(file=StringIO()), ""))  # pyright: ignore
+    with screen:
+        for token in tokenizer_of_bytes("<end>")("\x1b[2J\x9b1m\té\n")["input_ids"]:
+            screen.add([token], [True])
+    assert file.getvalue() == "a\ufffd]0;b\ufffd\ufffd[2J\ufffd1m\té\n\n"

@@ -79,6 +79,20 @@ def test_operation_has_the_bits_of_its_oracles(operation: str, dtype: str) -> No
         assert row.cases >= 30
 
 
+@given(st.lists(st.lists(st.sampled_from([-9, 0, 5]), min_size=3, max_size=3), min_size=2, max_size=2))
+def test_rows_of_an_integer_mask_are_unmasked_as_by_pytorch(rows: list[list[int]]) -> None:
+    expected = reference.AttentionMaskConverter._unmask_unattended(torch.tensor([rows], dtype=torch.int32), -9)
+    ours = jax_masks.AttentionMaskConverter._unmask_unattended(jnp.array([rows], jnp.int32), -9)
+    assert same_bits(to_torch(ours), expected)
+
+
+@pytest.mark.breaks_annotations
+def test_a_converter_of_a_window_that_is_an_array_is_the_same_converter() -> None:
+    made: Any = jax_masks.AttentionMaskConverter(True, jnp.array(3))  # pyright: ignore[reportArgumentType]
+    assert made == jax_masks.AttentionMaskConverter(True, 3)
+    assert hash(made) == hash(jax_masks.AttentionMaskConverter(True, 3))
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float64"])
 @pytest.mark.parametrize("operation", masking_cases.OPERATIONS)
 def test_operation_of_masking_utils_has_the_bits_of_transformers(operation: str, dtype: str) -> None:
@@ -430,6 +444,19 @@ def test_bridge_round_trip_keeps_every_bit(dtype: jnp.dtype) -> None:
 def test_bridge_to_jax_takes_views_and_strides(rows: int, columns: int, start: int) -> None:
     tensor = torch.arange(200, dtype=torch.float32).reshape(10, 20)[start : start + rows, start::2][:, :columns].T
     assert np.array_equal(np.asarray(to_jax(tensor)), tensor.numpy())
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.uint64, torch.float64, torch.complex128])
+def test_bridge_refuses_numbers_of_64_bits(dtype: torch.dtype) -> None:
+    with pytest.raises(ValueError, match=rf"tensor is {dtype}, and JAX would cut it in half.*tensor.to\(torch"):
+        to_jax(torch.ones(2, dtype=dtype))
+
+
+def test_bridge_to_jax_reads_the_negative_and_the_conjugate_bit() -> None:
+    conjugate = torch.tensor([1 + 2j, -3j]).conj()
+    np.testing.assert_array_equal(to_jax(conjugate), [1 - 2j, 3j])
+    assert conjugate.imag.is_neg()
+    np.testing.assert_array_equal(to_jax(conjugate.imag), [-2, 3])
 
 
 def test_bridge_refuses_what_it_would_have_to_change() -> None:

@@ -21,7 +21,7 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from jaxmask import checks
 from torch_compat.bridge import to_jax
 from torch_compat.models import decoders, encoders
-from torch_compat.models.checkpoints import file_in, read_json, read_safetensors
+from torch_compat.models.checkpoints import FROM_FILES_ALONE, check_config, file_in, read_json, read_safetensors
 from torch_compat.models.gguf_file import read as read_gguf
 from torch_compat.models.names import Names, embedding, linear, norm
 
@@ -64,8 +64,8 @@ def load(source: PreTrainedModel | str | Path, *, gguf_file: str | None = None, 
 
     Raises:
         FileNotFoundError: the folder or a file of it is missing.
-        ValueError: the architecture, or a setting of it, is not known; a weight is left over, missing or of the wrong
-            shape; a file is broken.
+        ValueError: the architecture, or a setting of it, is not known; a weight is left over, missing, of the wrong
+            shape or NaN; a file is broken, or names a file of another folder.
         TypeError: ``source`` is neither a model nor a path, or ``dtype`` is not floating.
 
     >>> from transformers import BertConfig, BertModel
@@ -85,10 +85,19 @@ def load(source: PreTrainedModel | str | Path, *, gguf_file: str | None = None, 
     if not folder.is_dir():
         raise FileNotFoundError(f"source is not a folder: {str(source)!r}; nothing is downloaded, so download it first")
     if gguf_file is not None:
-        file_in(folder, gguf_file)
         return load(read_gguf(folder, gguf_file), dtype=dtype)
-    architecture = _architecture(read_json(file_in(folder, "config.json")).get("model_type"))
-    return assemble(architecture, AutoConfig.from_pretrained(folder), read_safetensors(folder), dtype)
+    path = file_in(folder, "config.json")
+    architecture = _architecture((content := read_json(path)).get("model_type"))
+    weights = read_safetensors(folder)
+    check_config(path, content, len(weights))
+    try:
+        config: Any = AutoConfig.from_pretrained(folder, **FROM_FILES_ALONE)
+        architecture.module(config)
+    except Exception as error:
+        # Transformers checks little of what it reads. Our own refusals are ValueErrors.
+        what = "" if type(error) is ValueError else f"{type(error).__name__}: "
+        raise ValueError(f"config.json in {str(folder)!r} cannot be used: {what}{checks.shown(str(error))}") from error
+    return assemble(architecture, config, weights, dtype)
 
 
 def assemble(
@@ -141,7 +150,7 @@ def assemble(
         filled[path] = variable.replace(copy)
     if problems:
         raise ValueError(
-            f"the weights do not fit {make.__name__}: {'; '.join(problems)}. Is it the "
+            f"the weights do not fit {make.__name__}: {checks.several(problems)}. Is it the "
             "checkpoint of another kind of model, or of another config.json?"
         )
     return nnx.merge(graph, nnx.from_flat_state(filled))
@@ -154,13 +163,15 @@ def _left_over(name: str, weights: Weights, architecture: Architecture) -> list[
     twin = architecture.ties.get(name)
     if twin is not None and twin in weights:
         return [] if torch.equal(weights[name], weights[twin]) else [f"{name} is not equal to {twin}, its twin"]
-    return [f"{name} {checks.describe(weights[name])} is left over"]
+    return [f"{checks.shown(name)} {checks.describe(weights[name])} is left over"]
 
 
 def _architecture(model_type: Any) -> Architecture:
-    if model_type not in ARCHITECTURES:
+    if not isinstance(model_type, str) or model_type not in ARCHITECTURES:
         known = ", ".join(map(repr, ARCHITECTURES))
-        raise ValueError(f"the architecture {model_type!r} is not known: model_type must be one of {known}")
+        raise ValueError(
+            f"the architecture {checks.describe(model_type)} is not known: model_type must be one of {known}"
+        )
     return ARCHITECTURES[model_type]
 
 

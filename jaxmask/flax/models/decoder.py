@@ -38,6 +38,14 @@ class Llama3Scaling:
     high_frequency_factor: float
     original_length: int
 
+    def __post_init__(self) -> None:
+        convert_sizes(self, "original_length")
+        for name in ("factor", "low_frequency_factor"):
+            checks.real(name, getattr(self, name), checks.POSITIVE)
+        high = checks.real("high_frequency_factor", self.high_frequency_factor, checks.POSITIVE)
+        if high <= self.low_frequency_factor:
+            raise ValueError(f"high_frequency_factor must be above low_frequency_factor, got {high}")
+
     def __call__(self, frequencies: Float[np.ndarray, "pairs"]) -> Float[np.ndarray, "pairs"]:
         turns = self.original_length * frequencies / (2 * math.pi)
         smooth = (turns - self.low_frequency_factor) / (self.high_frequency_factor - self.low_frequency_factor)
@@ -58,6 +66,10 @@ class Rope:
     theta: float = 10_000.0
     factor: float = 1.0
     scaling: Llama3Scaling | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("theta", "factor"):
+            checks.real(name, getattr(self, name), checks.POSITIVE)
 
     def angles(self, positions: Integer[Array | np.ndarray, "batch q"], dim: int) -> tuple[Array, Array]:
         """Cosine and sine for heads of size ``dim``, float32 ``[batch, q, 1, dim // 2]``."""
@@ -167,8 +179,21 @@ class DecoderConfig:
         convert_sizes(self, "vocab_size", "dim", "hidden_dim", "heads", "kv_heads", "head_dim")
         if self.heads % self.kv_heads:
             raise ValueError(f"kv_heads must divide heads, got {self.kv_heads} and {self.heads}")
+        if not isinstance(self.layers, tuple) or not all(isinstance(layer, DecoderLayer) for layer in self.layers):
+            raise TypeError(
+                f"layers must be a tuple with a DecoderLayer for each layer, got {checks.describe(self.layers)}"
+            )
         if not self.layers:
             raise ValueError("layers must hold a DecoderLayer for each layer, got none")
+        checks.real("epsilon", self.epsilon, 0)
+        checks.real("embedding_scale", self.embedding_scale)
+        for name, least in (
+            ("attention_scale", -math.inf),
+            ("attention_cap", checks.POSITIVE),
+            ("logits_cap", checks.POSITIVE),
+        ):
+            if getattr(self, name) is not None:
+                checks.real(name, getattr(self, name), least)
         if self.head_dim % 2 and any(layer.rope is not None for layer in self.layers):
             raise ValueError(f"head_dim must be even, for rotary embeddings turn pairs, got {self.head_dim}")
         if self.activation not in ACTIVATIONS:
@@ -340,9 +365,12 @@ class Decoder(nnx.Module):
             ValueError: shapes do not fit each other, the cache has no room, or ``mask`` or ``positions`` meet a cache.
             TypeError: an argument has the wrong type or dtype.
         """
-        checks.array("tokens", tokens, "i", 2)
+        if not checks.array("tokens", tokens, "i", 2).shape[1]:
+            raise ValueError(f"tokens must have at least one token in a row, got {checks.describe(tokens)}")
         if valid is not None:
             check_valid(valid, tokens.shape)
+        if cache is not None and not self._made(cache):
+            raise ValueError("cache is not one of this model: begin with the one that its empty_cache returns")
         if cache is not None and len(cache.tokens) != len(tokens):
             raise ValueError(
                 f"tokens must have as many rows as the cache, {len(cache.tokens)}, got {checks.describe(tokens)}"
@@ -387,6 +415,15 @@ class Decoder(nnx.Module):
         if (cap := self.config.logits_cap) is not None:
             logits = cap * jnp.tanh(logits / cap)
         return logits, None if step is None else step.end(layers)
+
+    def _made(self, cache: Cache) -> bool:
+        """Whether a cache has the layers of this model, each with room for all keys that it looks back on."""
+        heads = self.config.kv_heads, self.config.head_dim
+        return len(cache.layers) == len(self.blocks) and all(
+            (layer.key.shape[2:], layer.key.dtype) == (heads, self.embedding.embedding.dtype)
+            and not (layer.is_ring and (ours.looks_back is None or ours.looks_back > layer.key.shape[1]))
+            for ours, layer in zip(self.config.layers, cache.layers, strict=True)
+        )
 
     def _refuse_mixed_documents(self, mask: Mask | None, positions: Any, valid: Any) -> None:
         """Refuse positions that begin anew without ids of documents, and ids without positions where these matter."""

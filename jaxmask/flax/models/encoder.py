@@ -48,6 +48,7 @@ class EncoderConfig:
 
     def __post_init__(self) -> None:
         convert_sizes(self, "vocab_size", "dim", "hidden_dim", "layers", "heads", "max_length", "token_types")
+        checks.real("epsilon", self.epsilon, 0)
         if self.dim % self.heads:
             raise ValueError(f"heads must divide dim, got {self.heads} heads and dim {self.dim}")
 

@@ -130,6 +130,7 @@ def generate(
             f"cache_length must be at least {needed}, for prompts of {length} tokens and {new} new ones, got "
             f"{cache_length}; leave it out, or make max_new_tokens smaller"
         )
+    pad = checks.integer("pad", pad, -checks.INT32_MAX)
     if key is not None:
         checks.key("key", key)
     if temperature and key is None:
@@ -164,6 +165,8 @@ def check_settings(*, max_new_tokens: int, temperature: float, top_k: int | None
     checks.integer("max_new_tokens", max_new_tokens, 1)
     if not 0 <= temperature < float("inf"):
         raise ValueError(f"temperature must be finite and at least 0, got {temperature}")
+    if 0 < temperature < checks.POSITIVE:
+        raise ValueError(f"temperature must be 0 or fit a float32, got {temperature}")
     if top_k is not None:
         checks.integer("top_k", top_k, 1)
     if top_p is not None and not 0 < top_p <= 1:
@@ -227,7 +230,9 @@ def _choose(logits: Float[Array, "batch vocab"], i: Array, draw: Draw | None, to
         token = logits.argmax(-1)
     else:
         key, temperature, top_p = draw
-        token = jax.random.categorical(jax.random.fold_in(key, i), likely(logits, temperature, top_k, top_p))
+        # By a small temperature a logit becomes infinite, and the difference to the largest one minus infinity at most.
+        below = logits.astype(jnp.float32) - logits.max(-1, keepdims=True).astype(jnp.float32)
+        token = jax.random.categorical(jax.random.fold_in(key, i), likely(below, temperature, top_k, top_p))
     return jnp.where(jnp.isnan(logits).any(-1), -1, token)
 
 
