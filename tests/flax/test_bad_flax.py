@@ -131,6 +131,33 @@ DECODER = [
         VALUE,
         r"as many rows as the cache, 3, got int32\[2, 3\]",
     ),
+    bad(
+        "blocks-shape",
+        lambda: MODEL(TOKENS, block_sequence_ids=TOKENS[:1]),
+        VALUE,
+        r"block_sequence_ids must have the shape of tokens, \[2, 3\]",
+        r"int32\[1, 3\]",
+    ),
+    bad(
+        "blocks-bool",
+        lambda: MODEL(TOKENS, block_sequence_ids=cast(Any, VALID)),
+        TYPE,
+        "block_sequence_ids must be integer",
+    ),
+    bad(
+        "blocks-large",
+        lambda: MODEL(TOKENS, block_sequence_ids=TOKENS.astype(np.int64) + 2**40),
+        VALUE,
+        "block_sequence_ids must fit an int32",
+    ),
+    bad(
+        "embeddings-dim",
+        lambda: MODEL(TOKENS, embeddings=np.zeros((2, 3, 4), np.float32)),
+        VALUE,
+        r"embeddings must be \[batch, q, dim\] = \[2, 3, 8\]",
+        r"float32\[2, 3, 4\]",
+    ),
+    bad("embeddings-int", lambda: MODEL(TOKENS, embeddings=cast(Any, TOKENS)), TYPE, "embeddings must be float"),
     bad("too-long", lambda: MODEL(TOKENS, cache=MODEL.empty_cache(2, 2)), VALUE, "room for 2 tokens", "got 3"),
 ]
 

@@ -168,6 +168,10 @@ def _architecture(model_type: Any) -> Architecture:
 _decoder: Any = partial(
     Architecture, unused=r".*\.rotary_emb\.inv_freq", ties={"lm_head.weight": "model.embed_tokens.weight"}
 )
+# What turns an image into embeddings is another model.
+_with_images: Any = partial(
+    _decoder, rename=decoders.text_rename, unused=r"(model\.)?(vision_tower|multi_modal_projector)\..*"
+)
 # By the model_type of a configuration. An encoder has no use for the heads of BERT's pretraining.
 ARCHITECTURES: dict[str, Architecture] = {
     "bert": Architecture(
@@ -177,7 +181,10 @@ ARCHITECTURES: dict[str, Architecture] = {
     "mistral": _decoder(decoders.mistral, decoders.decoder_names),
     "qwen2": _decoder(decoders.qwen2, decoders.decoder_names),
     "qwen3": _decoder(decoders.qwen3, decoders.decoder_names),
+    "gemma": _decoder(decoders.gemma, decoders.gemma_names),
     "gemma2": _decoder(decoders.gemma2, decoders.gemma_names),
     "gemma3_text": _decoder(decoders.gemma3, decoders.gemma_names),
     "llama4_text": _decoder(decoders.llama4, decoders.llama4_names),
+    "gemma3": _with_images(decoders.gemma3_with_images, decoders.gemma_names),
+    "paligemma": _with_images(decoders.paligemma, decoders.gemma_names),
 }

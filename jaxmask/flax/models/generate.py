@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Hashable, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -78,6 +78,8 @@ def generate(
     valid: Bool[Array | np.ndarray, "batch length"] | None = None,
     *,
     max_new_tokens: int,
+    block_sequence_ids: Integer[Array | np.ndarray, "batch length"] | None = None,
+    embeddings: Float[Array | np.ndarray, "batch length dim"] | None = None,
     cache_length: int | None = None,
     temperature: float = 0.0,
     top_k: int | None = None,
@@ -97,6 +99,8 @@ def generate(
         tokens: the prompts.
         valid: True for tokens, False for padding on either side; ``None`` if there is none. See :func:`left_pad`.
         max_new_tokens: the most tokens to generate for each row, at least 1; static.
+        block_sequence_ids, embeddings: of the prompts, where there are images or prefixes in them, as the model takes
+            them. New tokens are causal. With embeddings, ``tokens`` may be any.
         cache_length: the number of tokens that a row of the cache has room for; ``None`` for as many as needed.
         temperature: divides the logits before a token is drawn. 0 takes the most likely token, and needs no ``key``.
         top_k: draw from the ``top_k`` most likely tokens only.
@@ -141,14 +145,17 @@ def generate(
     cache.step(length, valid)  # raises for a bad valid, which is traced in prefill
     if valid is not None and not checks.is_traced(valid) and not (has_token := np.asarray(valid).any(1)).all():
         raise ValueError(f"each prompt must have a token, but valid has none in row {int(has_token.argmin())}")
-    if not checks.is_traced(tokens) and not checks.is_traced(valid):
+    if embeddings is None and not checks.is_traced(tokens) and not checks.is_traced(valid):
         given = np.asarray(tokens)[... if valid is None else np.asarray(valid)]
         if given.min() < 0 or given.max() >= vocab_size:
             raise ValueError(
                 f"tokens must be from 0 to {vocab_size - 1}, got {given.min()} to {given.max()}: is the tokenizer that "
                 "of the model?"
             )
-    logits, cache = prefill(graph, state, cache, jnp.asarray(tokens), None if valid is None else jnp.asarray(valid))
+    given = {"block_sequence_ids": block_sequence_ids, "embeddings": embeddings}
+    images = {name: jnp.asarray(array) for name, array in given.items() if array is not None}
+    valid = None if valid is None else jnp.asarray(valid)
+    logits, cache = prefill(graph, state, cache, jnp.asarray(tokens), valid, images)
     draw = None if not temperature else (key, jnp.float32(temperature), None if top_p is None else jnp.float32(top_p))
     ends, top_k = _ends(end), None if top_k is None else min(int(top_k), vocab_size)
     return decode(graph, state, cache, logits, draw, ends, jnp.int32(pad), new=new, top_k=top_k, on_tokens=on_tokens)[0]
@@ -177,9 +184,13 @@ def prefill(
     cache: Cache,
     tokens: Integer[Array, "batch length"],
     valid: Bool[Array, "batch length"] | None,
+    images: dict[str, Any] | None = None,
 ) -> tuple[Float[Array, "batch vocab"], Cache | None]:
-    """The logits after each prompt, and the cache with the prompts."""
-    logits, filled = nnx.merge(graph, state)(tokens, valid, cache=cache, last_only=True)
+    """The logits after each prompt, and the cache with the prompts.
+
+    ``images`` are the arguments of the model that say where blocks and images are, by name.
+    """
+    logits, filled = nnx.merge(graph, state)(tokens, valid, cache=cache, last_only=True, **(images or {}))
     return logits[:, 0], filled
 
 
