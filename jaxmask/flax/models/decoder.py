@@ -18,10 +18,10 @@ from jaxtyping import Array, Bool, DTypeLike, Float, Integer
 
 from jaxmask import checks
 from jaxmask.dispatch import Implementation, attention
-from jaxmask.flax.cache import Cache, LayerCache, Step, check_valid, consecutive
+from jaxmask.flax.cache import Cache, LayerCache, Step, Valid, as_valid, consecutive
 from jaxmask.flax.models.blockwise import Blockwise
-from jaxmask.flax.models.layers import Linear, convert_sizes, embed, project
-from jaxmask.mask import Empty, Full, Mask
+from jaxmask.flax.models.layers import Linear, convert_sizes, embed, last_token, project
+from jaxmask.mask import And, Empty, Full, Mask, Or
 from jaxmask.masks import Causal, Chunked, Padding, Segments, Window
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {"silu": jax.nn.silu, "gelu_tanh": jax.nn.gelu}
@@ -332,20 +332,21 @@ class Decoder(nnx.Module):
     def embed(
         self,
         tokens: Integer[Array | np.ndarray, "batch q"],
-        valid: Bool[Array | np.ndarray, "batch q"] | None = None,
+        valid: Valid | None = None,
     ) -> Float[Array, "batch q dim"]:
         """The embedding of each token, scaled as the layers take it. An id outside the vocabulary makes NaN.
 
         Args:
             tokens: ``[batch, q]``.
-            valid: True for tokens, False for padding, whose id may be any; ``None`` if there is no padding.
+            valid: bool or 0/1, false for padding, whose id may be any; ``None`` if there is no padding.
         """
+        valid = None if valid is None else as_valid(valid, checks.array("tokens", tokens, "i", 2).shape)
         return embed("tokens", tokens, self.embedding, valid) * self.config.embedding_scale
 
     def __call__(
         self,
         tokens: Integer[Array | np.ndarray, "batch q"],
-        valid: Bool[Array | np.ndarray, "batch q"] | None = None,
+        valid: Valid | None = None,
         *,
         cache: Cache | None = None,
         mask: Mask | None = None,
@@ -359,10 +360,11 @@ class Decoder(nnx.Module):
 
         Args:
             tokens: the text, or its continuation if there is a cache. An id outside the vocabulary makes NaN.
-            valid: True for tokens, False for padding on either side; ``None`` if there is no padding.
+            valid: bool or 0/1, true for tokens, false for padding on either side; ``None`` if there is no padding.
             cache: the text so far, from :meth:`empty_cache` or the last call; ``None`` if ``tokens`` is the whole text.
-            mask: restricts each layer's mask, as ``Segments(ids)`` does for packed documents. It needs a call without
-                a cache, because its keys are in the order of ``tokens``.
+            mask: restricts each layer's mask, which stays causal, as ``Segments(ids)`` does for packed documents. Where
+                tokens attend to later ones, say ``block_sequence_ids``. It needs a call without a cache, because its
+                keys are in the order of ``tokens``.
             block_sequence_ids: the block of each token, negative for a token of none, which is causal. A token attends
                 to all tokens of its block, those that follow it included: an image of Gemma 3, the prefix of PaliGemma.
                 All tokens of a block are in one call. The name is that of Transformers' ``create_causal_mask``.
@@ -375,12 +377,13 @@ class Decoder(nnx.Module):
             implementation: as in :func:`jaxmask.attention`.
 
         Raises:
-            ValueError: shapes do not fit each other, the cache has no room, or ``mask`` or ``positions`` meet a cache.
+            ValueError: shapes do not fit each other, the cache has no room, or ``mask`` or ``positions`` meet a cache;
+                ``mask`` is of tokens that attend to later ones, as ``Causal() | Prefix(3)`` or ``Window(2, 2)``.
             TypeError: an argument has the wrong type or dtype.
         """
         checks.array("tokens", tokens, "i", 2)
         if valid is not None:
-            check_valid(valid, tokens.shape)
+            valid = as_valid(valid, tokens.shape)
         if cache is not None and len(cache.tokens) != len(tokens):
             raise ValueError(
                 f"tokens must have as many rows as the cache, {len(cache.tokens)}, got {checks.describe(tokens)}"
@@ -411,6 +414,8 @@ class Decoder(nnx.Module):
                 positions = positions - padding[:, None]
         else:
             _for_tokens("positions", positions, tokens, "; leave them out to count the tokens of each row")
+        if mask is not None:
+            _refuse_more_than_causal(mask)
         if step is None:
             self._refuse_mixed_documents(mask, positions if is_given else None, valid)
         mask = Full() if mask is None else mask
@@ -428,11 +433,7 @@ class Decoder(nnx.Module):
             x, layer = block(x, context, None if cache is None else cache.layers[i])
             if layer is not None:
                 layers.append(layer)
-        if last_only and valid is not None:
-            last = tokens.shape[1] - 1 - jnp.argmax(jnp.asarray(valid)[:, ::-1], 1)
-            has_token = jnp.asarray(valid).any(1)[:, None, None]
-            x = jnp.where(has_token, jnp.take_along_axis(x, last[:, None, None], 1), jnp.nan)
-        x = self.norm(x[:, -1:] if last_only else x)
+        x = self.norm(last_token(x, valid) if last_only else x)
         if fits is not None:
             x = jnp.where(fits[:, None, None], x, jnp.nan)
         logits = project(x, self.embedding.embedding[...]) if self.head is None else self.head(x)
@@ -458,6 +459,21 @@ class Decoder(nnx.Module):
                     f"mask is missing: positions begin anew in row {row} at token {column + 1}, so that there are "
                     "several documents, which would attend to each other; say mask=Segments(ids)"
                 )
+
+
+def _refuse_more_than_causal(mask: Mask) -> None:
+    """Refuse what says of later tokens that they are attended to, since each layer's own mask is causal."""
+    joined = mask.masks if isinstance(mask, And) else (mask,)
+    for part in mask.parts():
+        # The other part of a union with the causal mask would change nothing.
+        is_more = isinstance(part, Or) and any(isinstance(one, Causal) for one in part.masks)
+        looks_ahead = isinstance(part, Window) and part in joined and isinstance(part.right, int) and part.right > 0
+        if is_more or looks_ahead:
+            raise ValueError(
+                f"mask must restrict the causal mask of each layer, got {part!r}, which would let a token attend to "
+                "later ones; say which attend to each other both ways by block_sequence_ids, as "
+                "for a prefix by jnp.where(jnp.arange(length) < prefix_length, 0, -1)[None]"
+            )
 
 
 def _for_tokens(
