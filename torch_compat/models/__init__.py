@@ -20,7 +20,7 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from jaxmask import checks
 from torch_compat.bridge import to_jax
-from torch_compat.models import decoders, encoders
+from torch_compat.models import decoders, encoders, t5
 from torch_compat.models.checkpoints import file_in, read_json, read_safetensors
 from torch_compat.models.gguf_file import read as read_gguf
 from torch_compat.models.names import Names, embedding, linear, norm
@@ -176,6 +176,15 @@ _with_images: Any = partial(
 ARCHITECTURES: dict[str, Architecture] = {
     "bert": Architecture(
         encoders.bert, encoders.bert_names, encoders.bert_rename, unused=r"(pooler|cls)\..*|embeddings\.position_ids"
+    ),
+    "t5": Architecture(
+        t5.t5,
+        t5.t5_names,
+        # The oldest checkpoints have a table of biases for cross-attention, too, which no model reads.
+        unused=r"decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight",
+        ties={
+            f"{name}.weight": "shared.weight" for name in ("encoder.embed_tokens", "decoder.embed_tokens", "lm_head")
+        },
     ),
     "llama": _decoder(decoders.llama, decoders.decoder_names),
     "mistral": _decoder(decoders.mistral, decoders.decoder_names),
