@@ -5,8 +5,10 @@ from jaxmask.flax.cache import Cache, KeysAndValues, LayerCache, Seen, Step
 from jaxmask.flax.models.decoder import Decoder, DecoderConfig, DecoderLayer, Llama3Scaling, Rope
 from jaxmask.flax.models.encoder import Encoder, EncoderConfig, mean_pool
 from jaxmask.flax.models.generate import Generated, generate, left_pad
+from jaxmask.flax.models.t5 import T5, T5Config, T5Decoder
 
 __all__ = [
+    "T5",
     "Cache",
     "Decoder",
     "DecoderConfig",
@@ -20,6 +22,8 @@ __all__ = [
     "Rope",
     "Seen",
     "Step",
+    "T5Config",
+    "T5Decoder",
     "generate",
     "left_pad",
     "make_attention_fn",

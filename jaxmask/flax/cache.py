@@ -13,13 +13,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Bool, DTypeLike, Float, Int
+from jaxtyping import Array, Bool, DTypeLike, Float, Int, Integer
 
 from jaxmask import checks
 from jaxmask.dispatch import Implementation, Sharding, attention
 from jaxmask.kernels.call import Arguments
 from jaxmask.mask import Mask
-from jaxmask.masks import Window
+from jaxmask.masks import Window, as_bools
+
+Valid = Bool[Array | np.ndarray, "batch q"] | Integer[Array | np.ndarray, "batch q"]
 
 
 class KeysAndValues(NamedTuple):
@@ -271,24 +273,24 @@ class Cache(_Pytree):
             empty.append(LayerCache(key, value, is_ring=slots < length))
         return Cache(tuple(empty), jnp.zeros(batch, jnp.int32))
 
-    def step(self, count: SupportsIndex, valid: Bool[Array | np.ndarray, "batch q"] | None = None) -> Step:
+    def step(self, count: SupportsIndex, valid: Valid | None = None) -> Step:
         """Begin a step of ``count`` new tokens in each row.
 
         Args:
             count: the number of new tokens, padding included; static.
-            valid: True for tokens, False for padding; ``None`` if there is no padding. Padding may be on either side of
-                a row's tokens, but not between them, and may differ from row to row.
+            valid: bool or 0/1, true for tokens, false for padding; ``None`` if there is no padding. Padding may be on
+                either side of a row's tokens, but not between them, and may differ from row to row. Where integers are
+                traced, all but 0 are true.
 
         Raises:
             ValueError: a row has no room, or has padding between tokens. What is traced cannot be refused: that row
-                becomes NaN.
-            TypeError: ``valid`` is not bool, or ``count`` is not an integer.
+                becomes NaN. Integers of ``valid`` are other than 0 and 1.
+            TypeError: ``valid`` is neither bool nor integer, or ``count`` is not an integer.
         """
         count, batch = checks.integer("count", count, 1), len(self.tokens)
         offset, new, fits = self.tokens, count, jnp.ones(batch, bool)
         if valid is not None:
-            check_valid(valid, (batch, count))
-            new, padding, is_consecutive = consecutive(valid)
+            new, padding, is_consecutive = consecutive(as_valid(valid, (batch, count)))
             offset, fits = offset - padding, jnp.asarray(is_consecutive)
         after = self.tokens + new
         room = min((layer.key.shape[1] for layer in self.layers if not layer.is_ring), default=None)
@@ -303,13 +305,15 @@ class Cache(_Pytree):
         return Step(count, offset, self.tokens, after, fits)
 
 
-def check_valid(valid: Bool[Array | np.ndarray, "batch q"], shape: tuple[int, ...]) -> None:
-    """Refuse anything but a bool ``[batch, q]`` array of this shape."""
-    if checks.array("valid", valid, "b", 2).shape != shape:
+def as_valid(valid: Valid, shape: tuple[int, ...]) -> Bool[Array | np.ndarray, "batch q"]:
+    """``valid`` as bools; an error for anything but a bool or 0/1 ``[batch, q]`` array of this shape."""
+    if checks.array("valid", valid, "bi", 2, hint="; it is 1 for tokens and 0 for padding").shape != shape:
         raise ValueError(
-            f"valid must be [batch, q] = {list(shape)}, True for tokens and False for padding, got "
+            f"valid must be [batch, q] = {list(shape)}, true for tokens and false for padding, got "
             f"{checks.describe(valid)}"
         )
+    is_known = valid.dtype != np.bool_ and not checks.is_traced(valid)
+    return as_bools("valid", np.asarray(valid) if is_known else valid)
 
 
 def consecutive(

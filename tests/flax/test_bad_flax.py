@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 import jaxmask
-from jaxmask import Causal, Segments, SlidingWindow
+from jaxmask import Causal, Prefix, Segments, SlidingWindow, Window, zoo
 from jaxmask.flax import (
     Cache,
     Decoder,
@@ -87,7 +87,17 @@ CACHE = [
     ),
     bad("offset-of-a-step", lambda: attend_with(NEW, offset=3), VALUE, "offset must be left out", "the cache knows it"),
     bad("longer-than-the-cache", lambda: empty().step(9), VALUE, "room for 8 tokens", "got 9", "greater length"),
-    bad("valid-dtype", lambda: empty().step(3, TOKENS), TYPE, "valid must be bool", r"int32\[2, 3\]"),
+    bad(
+        "valid-dtype",
+        lambda: empty().step(3, cast(Any, VALID * 1.0)),
+        TYPE,
+        "valid must be bool or integer",
+        r"\[2, 3\]",
+    ),
+    bad(
+        "valid-tokens", lambda: empty().step(3, TOKENS), VALUE, "of 0 and 1", r"int32\[2, 3\] from 0 to 4", "ids != pad"
+    ),
+    bad("valid-negative", lambda: empty().step(3, TOKENS - 4), VALUE, "of 0 and 1", "from -4 to 0"),
     bad(
         "valid-shape", lambda: empty().step(2, VALID), VALUE, r"valid must be \[batch, q\] = \[2, 2\]", r"bool\[2, 3\]"
     ),
@@ -167,6 +177,55 @@ DECODER = [
         VALUE,
         r"as many rows as the cache, 3, got int32\[2, 3\]",
     ),
+    bad("valid-tokens", lambda: MODEL(TOKENS, TOKENS), VALUE, "valid must be bool, or of 0 and 1", "from 0 to 4"),
+    bad(
+        "prefix",
+        lambda: MODEL(TOKENS, mask=Causal() | Prefix(2)),
+        VALUE,
+        r"got Causal\(\) \| Prefix\(2\), which would let a token attend to later ones",
+        r"block_sequence_ids, as for a prefix by jnp.where\(jnp.arange\(length\) < prefix_length, 0, -1\)\[None\]",
+    ),
+    bad(
+        "prefix-of-documents",
+        lambda: MODEL(TOKENS, mask=zoo.document(zoo.prefix_lm(1), np.array([[0, 0, 1]]))),
+        VALUE,
+        "attend to later ones",
+    ),
+    bad(
+        "images",
+        lambda: MODEL(TOKENS, mask=zoo.gemma3(np.array([[-1, 0, 0]]), 2)),
+        VALUE,
+        "attend to later ones",
+        "block_sequence_ids",
+    ),
+    bad("both-sides", lambda: MODEL(TOKENS, mask=Window(2, 2)), VALUE, r"got Window\(2, 2\)", "attend to later ones"),
+    bad(
+        "blocks-shape",
+        lambda: MODEL(TOKENS, block_sequence_ids=TOKENS[:1]),
+        VALUE,
+        r"block_sequence_ids must have the shape of tokens, \[2, 3\]",
+        r"int32\[1, 3\]",
+    ),
+    bad(
+        "blocks-bool",
+        lambda: MODEL(TOKENS, block_sequence_ids=cast(Any, VALID)),
+        TYPE,
+        "block_sequence_ids must be integer",
+    ),
+    bad(
+        "blocks-large",
+        lambda: MODEL(TOKENS, block_sequence_ids=TOKENS.astype(np.int64) + 2**40),
+        VALUE,
+        "block_sequence_ids must fit an int32",
+    ),
+    bad(
+        "embeddings-dim",
+        lambda: MODEL(TOKENS, embeddings=np.zeros((2, 3, 4), np.float32)),
+        VALUE,
+        r"embeddings must be \[batch, q, dim\] = \[2, 3, 8\]",
+        r"float32\[2, 3, 4\]",
+    ),
+    bad("embeddings-int", lambda: MODEL(TOKENS, embeddings=cast(Any, TOKENS)), TYPE, "embeddings must be float"),
     bad("too-long", lambda: MODEL(TOKENS, cache=MODEL.empty_cache(2, 2)), VALUE, "room for 2 tokens", "got 3"),
 ]
 
@@ -188,7 +247,8 @@ GENERATE = [
     bad("empty-row", lambda: run(valid=VALID & [[True], [False]]), VALUE, "none in row 1"),
     bad("floats", lambda: run(TOKENS.astype(np.float32)), TYPE, "tokens must be integer"),
     bad("valid-shape", lambda: run(valid=VALID[:1]), VALUE, r"valid must be \[batch, q\] = \[2, 3\]", r"bool\[1, 3\]"),
-    bad("valid-dtype", lambda: run(valid=VALID.astype(np.int32)), TYPE, "valid must be bool"),
+    bad("valid-dtype", lambda: run(valid=VALID.astype(np.float32)), TYPE, "valid must be bool or integer"),
+    bad("valid-tokens", lambda: run(valid=TOKENS), VALUE, "valid must be bool, or of 0 and 1", "from 0 to 4"),
     bad("holes", lambda: run(valid=np.array([[True, False, True]] * 2)), VALUE, "before or after", "not between"),
     bad("no-token", lambda: run(TOKENS + 14), VALUE, "tokens must be from 0 to 15", "got 15 to 18"),
     bad("negative-token", lambda: run(TOKENS - 2), VALUE, "tokens must be from 0 to 15", "got -1 to 2"),
@@ -284,6 +344,43 @@ def test_decoding_through_the_cache_of_flax_is_the_whole_text() -> None:
         out, state = step(state, x[:, at : at + 1])
         np.testing.assert_allclose(out[:, 0], wanted[:, at], rtol=1e-5, atol=1e-5)
     assert step._cache_size() == 1
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [Window(1, None), SlidingWindow(2), SlidingWindow(1) | Prefix(1), Segments(np.array([[0, 0, 1]])), Prefix(2)],
+)
+def test_a_mask_restricts_a_causal_text(mask: Any) -> None:
+    """Whatever it says of later tokens: a change of these changes nothing before them."""
+    one, another = (MODEL(np.array([[3, 5, last]]), mask=mask)[0][:, :2] for last in (1, 9))
+    np.testing.assert_array_equal(one, another)
+    assert np.abs(MODEL(np.array([[3, 5, 1]]))[0] - MODEL(np.array([[3, 5, 1]]), mask=mask)[0]).max() > 1e-4
+
+
+def test_a_prefix_attends_both_ways_where_blocks_say_so() -> None:
+    """As the hint of the error has it; the first layer has no window, and so the last of the prefix is seen."""
+    blocks = jnp.where(jnp.arange(3) < 2, 0, -1)[None]
+    logits = [MODEL(np.array([[3, last, 1]]), block_sequence_ids=blocks)[0][:, 0] for last in (5, 9)]
+    assert np.abs(logits[0] - logits[1]).max() > 1e-4
+
+
+@pytest.mark.parametrize("to_array", [np.asarray, jnp.asarray])
+@pytest.mark.parametrize("dtype", [np.int32, np.int64, np.uint8])
+def test_a_mask_of_a_tokenizer_is_as_one_of_bools(to_array: Any, dtype: Any) -> None:
+    valid = to_array(VALID.astype(dtype))
+    np.testing.assert_array_equal(MODEL(TOKENS, valid)[0], MODEL(TOKENS, VALID)[0])
+    cached, wanted = (MODEL(TOKENS, mask, cache=MODEL.empty_cache(2, 4), last_only=True) for mask in (valid, VALID))
+    jax.tree.map(np.testing.assert_array_equal, cached, wanted)
+    np.testing.assert_array_equal(run(valid=valid).tokens, run(valid=VALID).tokens)
+    jax.tree.map(np.testing.assert_array_equal, empty().step(3, valid), empty().step(3, VALID))
+    traced = jax.jit(lambda valid: MODEL(TOKENS, valid, cache=MODEL.empty_cache(2, 4))[0])
+    np.testing.assert_array_equal(traced(valid), traced(VALID))
+
+
+def test_tokens_in_place_of_their_mask_are_refused_where_they_are_known() -> None:
+    for call in (lambda: MODEL(TOKENS, jnp.asarray(TOKENS)), lambda: run(valid=jnp.asarray(TOKENS))):
+        with pytest.raises(ValueError, match=r"of 0 and 1, got int32\[2, 3\] from 0 to 4"):
+            call()
 
 
 @pytest.mark.breaks_annotations

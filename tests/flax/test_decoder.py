@@ -51,6 +51,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "Llama-3.1": ("Llama", {"rope_parameters": LLAMA3}),
     "Mistral": ("Mistral", {"sliding_window": WINDOW}),
     "Mistral without a window": ("Mistral", {"sliding_window": None}),
+    "Gemma": ("Gemma", {}),
     "Gemma-2": ("Gemma2", MIXED | {"query_pre_attn_scalar": 24, "attn_logit_softcapping": 2.0}),
     "Gemma-3": ("Gemma3Text", MIXED),
     "Gemma-3 with longer positions": ("Gemma3Text", MIXED | {"rope_parameters": LINEAR}),

@@ -2,6 +2,7 @@
 
 # pyright: reportPrivateUsage=false
 
+import copy
 from typing import Any
 
 import jax
@@ -14,7 +15,9 @@ from transformers import T5Config, T5ForConditionalGeneration
 from transformers.models.t5.modeling_t5 import T5Attention
 
 from jaxmask import Padding, attention, expand_mask
-from tests.oracles import encoder_decoder
+from jaxmask.flax import T5, generate
+from jaxmask.flax.models.generate import decode, prefill
+from jaxmask.flax.models.t5 import bucket
 from torch_compat import models
 
 BATCH, LENGTH, PROMPT, STEPS = 3, 14, 9, 16
@@ -49,8 +52,8 @@ def theirs() -> T5ForConditionalGeneration:
 
 
 @pytest.fixture(scope="module")
-def ours(theirs: Any) -> encoder_decoder.T5:
-    return models.assemble(encoder_decoder.ARCHITECTURE, theirs.config, theirs.state_dict())
+def ours(theirs: Any) -> T5:
+    return models.load(theirs)
 
 
 def expected(theirs: Any, valid: np.ndarray) -> np.ndarray:
@@ -59,20 +62,19 @@ def expected(theirs: Any, valid: np.ndarray) -> np.ndarray:
         return theirs(**dict(zip(("input_ids", "attention_mask", "decoder_input_ids"), tensors, strict=True))).logits
 
 
-def answer(ours: encoder_decoder.T5, valid: np.ndarray, pieces: list[int]) -> tuple[np.ndarray, int]:
+def answer(ours: T5, valid: np.ndarray, pieces: list[int]) -> tuple[np.ndarray, int]:
     """The logits of the answer, read in pieces, and how often the reading of one was traced."""
     traces: list[Any] = []
+    graph, state = nnx.split(ours.read(TEXT, valid))
 
-    @nnx.jit
-    def decode(model: encoder_decoder.T5, tokens: jax.Array, *state: Any) -> Any:
+    @jax.jit
+    def step(cache: Any, tokens: jax.Array) -> Any:
         traces.append(tokens)
-        return model.decode(tokens, *state)
+        return nnx.merge(graph, state)(tokens, cache=cache)
 
-    encoded = nnx.jit(lambda model: model.encode(TEXT, valid))(ours)
-    buffers, logits, offset = ours.buffers(BATCH, TOTAL), list[Any](), 0
+    cache, logits, offset = nnx.merge(graph, state).empty_cache(BATCH, TOTAL), list[Any](), 0
     for piece in pieces:
-        tokens = jnp.asarray(ANSWER[:, offset : offset + piece])
-        some, buffers = decode(ours, tokens, encoded, jnp.asarray(valid), buffers, jnp.int32(offset))
+        some, cache = step(cache, jnp.asarray(ANSWER[:, offset : offset + piece]))
         logits.append(some)
         offset += piece
     return np.concatenate(logits, 1), len(traces)
@@ -95,6 +97,70 @@ def test_a_prompt_in_chunks_and_then_step_by_step_has_the_logits_of_t5(theirs: A
     assert traces == 2
 
 
+def test_a_call_without_a_cache_has_the_logits_of_t5(theirs: Any, ours: Any) -> None:
+    valid = PADDINGS["right"]
+    close(ours.read(TEXT, valid)(ANSWER)[0], expected(theirs, valid))
+
+
+def test_hidden_states_of_the_text_are_those_of_t5(theirs: Any, ours: Any) -> None:
+    valid = PADDINGS["left"]
+    with torch.no_grad():
+        wanted = theirs.encoder(torch.from_numpy(TEXT), attention_mask=torch.from_numpy(valid)).last_hidden_state
+    close(ours.encode(TEXT, valid)[valid == 1], wanted[valid == 1])
+
+
+def continued(theirs: Any, valid: np.ndarray, **options: Any) -> np.ndarray:
+    """The tokens that Transformers generates, after the one that begins an answer."""
+    tensors = torch.from_numpy(TEXT), torch.from_numpy(valid)
+    return theirs.generate(
+        tensors[0],
+        attention_mask=tensors[1],
+        max_new_tokens=STEPS,
+        do_sample=False,
+        decoder_start_token_id=0,
+        **options,
+    )[:, 1:].numpy()
+
+
+@every_padding
+def test_answers_are_generated_as_by_transformers(theirs: Any, valid: np.ndarray) -> None:
+    theirs = copy.deepcopy(theirs)
+    # Else each token would be followed by itself.
+    theirs.shared.weight.data *= 0.1
+    actual = generate(models.load(theirs).read(TEXT, valid), np.zeros((BATCH, 1), int), max_new_tokens=STEPS)
+    wanted = continued(theirs, valid, eos_token_id=None)
+    assert len(np.unique(wanted)) > 3
+    np.testing.assert_array_equal(actual.tokens, wanted)
+
+
+def test_answers_to_other_texts_compile_nothing(ours: Any) -> None:
+    compiled: list[Any] = [prefill, decode]
+    counts: list[list[int]] = []
+    for name in ("left", "right"):
+        decoder = ours.read(TEXT[::-1] if name == "left" else TEXT, PADDINGS[name])
+        generate(decoder, np.zeros((BATCH, 1), int), max_new_tokens=STEPS)
+        counts.append([function._cache_size() for function in compiled])
+    assert counts[0] == counts[1]
+
+
+def test_keys_and_values_of_the_text_are_computed_once(ours: Any) -> None:
+    """So what would compute them is not looked at again."""
+    decoder = nnx.clone(ours.read(TEXT))
+    wanted, _ = decoder(ANSWER)
+    for layer in decoder.stack.layers:
+        for linear in (layer.cross_attention.key, layer.cross_attention.value):
+            linear.weight[...] = jnp.full_like(linear.weight[...], jnp.nan)
+    np.testing.assert_array_equal(decoder(ANSWER)[0], wanted)
+
+
+def test_an_answer_padded_on_the_left_is_as_the_answer(ours: Any) -> None:
+    decoder, valid = ours.read(TEXT), np.arange(TOTAL) >= np.array([[0], [4], [TOTAL - 1]])
+    logits, _ = decoder(np.where(valid, ANSWER, 0), valid.astype(int))
+    for row, first in enumerate((0, 4, TOTAL - 1)):
+        alone = ours.read(TEXT[row : row + 1])(ANSWER[row : row + 1, first:])[0]
+        close(logits[row, first:], alone[0])
+
+
 def test_the_padding_matters_to_the_logits(theirs: Any, ours: Any) -> None:
     unpadded = answer(ours, PADDINGS["none"], [TOTAL])[0]
     assert np.abs(unpadded - np.asarray(expected(theirs, PADDINGS["left"])))[1:].max() > 1e-2
@@ -105,7 +171,7 @@ def test_the_padding_matters_to_the_logits(theirs: Any, ours: Any) -> None:
 def test_buckets_of_distances_are_those_of_t5(both_ways: bool, sizes: tuple[int, int]) -> None:
     distances = np.arange(-300, 301)
     theirs = T5Attention._relative_position_bucket(torch.from_numpy(distances), both_ways, *sizes)
-    np.testing.assert_array_equal(encoder_decoder.bucket(jnp.asarray(distances), *sizes, both_ways), theirs)
+    np.testing.assert_array_equal(bucket(jnp.asarray(distances), *sizes, both_ways), theirs)
 
 
 @every_padding

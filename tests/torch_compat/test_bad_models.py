@@ -17,6 +17,8 @@ from transformers import (
     BertModel,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
+    GPT2Config,
+    GPT2Model,
     Llama4ForCausalLM,
     Llama4TextConfig,
     T5Config,
@@ -45,7 +47,8 @@ KERNEL, BIAS = "encoder.layer.0.output.dense.weight", "embeddings.LayerNorm.bias
 TEXT = json.dumps({"model_type": "bert", **SIZES})
 YARN = {"rope_type": "yarn", "rope_theta": 1000.0, "factor": 4.0, "original_max_position_embeddings": 16}
 TEXT_SIZES: dict[str, Any] = {**SIZES, "num_key_value_heads": 2, "head_dim": 4}
-T5 = T5Config(vocab_size=16, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2)
+T5 = T5Config(vocab_size=16, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2, feed_forward_proj="gated-gelu")
+GPT2 = GPT2Config(vocab_size=16, n_embd=8, n_layer=1, n_head=2, n_positions=8)
 
 
 def load(files: dict[str, str], **how: Any) -> Any:
@@ -122,7 +125,14 @@ FOLDERS = [
 
 SOURCES = [
     bad("unknown", lambda: load({"config.json": '{"model_type": "rwkv"}'}), VALUE, "'rwkv' is not known", "'bert'"),
-    bad("unknown-object", lambda: models.load(T5ForConditionalGeneration(T5)), VALUE, "'t5' is not known", "'bert'"),
+    bad("unknown-object", lambda: models.load(GPT2Model(GPT2)), VALUE, "'gpt2' is not known", "'bert'"),
+    bad(
+        "gated",
+        lambda: models.load(T5ForConditionalGeneration(T5)),
+        VALUE,
+        "feed_forward_proj .* must be 'relu'",
+        "gated",
+    ),
     bad("number", lambda: models.load(5), TYPE, "source must be a Transformers model or the path", "5"),  # pyright: ignore[reportArgumentType]
     bad("torch-module", lambda: models.load(torch.nn.Linear(2, 2)), TYPE, "source must be", "a Linear"),  # pyright: ignore[reportArgumentType]
     bad("gguf-of-object", lambda: models.load(BERT, gguf_file="a.gguf"), VALUE, "gguf_file", "'a.gguf'", "leave it"),

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BertConfig, BertForMaskedLM, BertModel
 
 from jaxmask import checks
+from tests.flax.test_images import make
 from tests.helpers.tiny import tiny_llama
 from torch_compat import models
 
@@ -189,6 +190,16 @@ def test_frequencies_of_old_checkpoints_are_left_out() -> None:
     model = tiny_llama()
     old = model.state_dict() | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}
     same(models.assemble(models.ARCHITECTURES["llama"], model.config, old), models.load(model))
+
+
+@pytest.mark.parametrize("text", ["model.language_model.", "language_model.model."])
+def test_a_model_with_images_has_the_weights_of_its_text_model_by_either_name(text: str) -> None:
+    theirs = make("PaliGemma 2")
+    language_model = theirs.model.language_model.state_dict()
+    renamed = {f"{text}{name}": tensor for name, tensor in language_model.items()}
+    unused = {"vision_tower.a": torch.ones(1), "model.multi_modal_projector.b": torch.ones(1)}
+    found = models.assemble(models.ARCHITECTURES["paligemma"], theirs.config, renamed | unused)
+    same(found, models.load(theirs))
 
 
 def test_one_file_goes_before_shards(bert: BertModel, tmp_path: Path) -> None:

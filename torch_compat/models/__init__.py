@@ -20,7 +20,7 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from jaxmask import checks
 from torch_compat.bridge import to_jax
-from torch_compat.models import decoders, encoders
+from torch_compat.models import decoders, encoders, t5
 from torch_compat.models.checkpoints import FROM_FILES_ALONE, check_config, file_in, read_json, read_safetensors
 from torch_compat.models.gguf_file import read as read_gguf
 from torch_compat.models.names import Names, embedding, linear, norm
@@ -179,16 +179,32 @@ def _architecture(model_type: Any) -> Architecture:
 _decoder: Any = partial(
     Architecture, unused=r".*\.rotary_emb\.inv_freq", ties={"lm_head.weight": "model.embed_tokens.weight"}
 )
+# What turns an image into embeddings is another model.
+_with_images: Any = partial(
+    _decoder, rename=decoders.text_rename, unused=r"(model\.)?(vision_tower|multi_modal_projector)\..*"
+)
 # By the model_type of a configuration. An encoder has no use for the heads of BERT's pretraining.
 ARCHITECTURES: dict[str, Architecture] = {
     "bert": Architecture(
         encoders.bert, encoders.bert_names, encoders.bert_rename, unused=r"(pooler|cls)\..*|embeddings\.position_ids"
     ),
+    "t5": Architecture(
+        t5.t5,
+        t5.t5_names,
+        # The oldest checkpoints have a table of biases for cross-attention, too, which no model reads.
+        unused=r"decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight",
+        ties={
+            f"{name}.weight": "shared.weight" for name in ("encoder.embed_tokens", "decoder.embed_tokens", "lm_head")
+        },
+    ),
     "llama": _decoder(decoders.llama, decoders.decoder_names),
     "mistral": _decoder(decoders.mistral, decoders.decoder_names),
     "qwen2": _decoder(decoders.qwen2, decoders.decoder_names),
     "qwen3": _decoder(decoders.qwen3, decoders.decoder_names),
+    "gemma": _decoder(decoders.gemma, decoders.gemma_names),
     "gemma2": _decoder(decoders.gemma2, decoders.gemma_names),
     "gemma3_text": _decoder(decoders.gemma3, decoders.gemma_names),
     "llama4_text": _decoder(decoders.llama4, decoders.llama4_names),
+    "gemma3": _with_images(decoders.gemma3_with_images, decoders.gemma_names),
+    "paligemma": _with_images(decoders.paligemma, decoders.gemma_names),
 }

@@ -1,5 +1,8 @@
 """The Llama family: which :class:`Decoder` a configuration of Transformers is, and where its weights go."""
 
+import copy
+import re
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -33,6 +36,13 @@ def qwen3(config: Any) -> tuple[type[Decoder], DecoderConfig]:
     return _decoder(config, qkv_bias=bias, out_bias=bias, qk_norm="weighted")
 
 
+def gemma(config: Any) -> tuple[type[Decoder], DecoderConfig]:
+    """The first Gemma."""
+    bias = config.attention_bias
+    scale = config.hidden_size**0.5
+    return _decoder(config, qkv_bias=bias, out_bias=bias, embedding_scale=scale)
+
+
 def gemma2(config: Any) -> tuple[type[Decoder], DecoderConfig]:
     """Gemma 2."""
     return _gemma(config, attention_cap=config.attn_logit_softcapping, logits_cap=config.final_logit_softcapping)
@@ -42,6 +52,26 @@ def gemma3(config: Any) -> tuple[type[Decoder], DecoderConfig]:
     """The text model of Gemma 3."""
     # Transformers' model ignores the attn_logit_softcapping of this configuration.
     return _gemma(config, qk_norm="weighted", logits_cap=config.final_logit_softcapping)
+
+
+def gemma3_with_images(config: Any) -> tuple[type[Decoder], DecoderConfig]:
+    """The text model of a Gemma 3 that takes images."""
+    return gemma3(config.text_config)
+
+
+def paligemma(config: Any) -> tuple[type[Decoder], DecoderConfig]:
+    """The text model of PaliGemma, or of PaliGemma 2."""
+    # Its text is causal but for a prefix, whatever the configuration of the text model says.
+    text = copy.copy(config.text_config)
+    text.use_bidirectional_attention = False
+    match text.model_type:
+        case "gemma":
+            module, ours = gemma(text)
+        case "gemma2":
+            module, ours = gemma2(text)
+        case other:
+            raise ValueError(f"model_type of text_config must be 'gemma' or 'gemma2' for PaliGemma, got {other!r}")
+    return module, replace(ours, blocks_exceed_window=any(layer.window is not None for layer in ours.layers))
 
 
 def llama4(config: Any) -> tuple[type[Decoder], DecoderConfig]:
@@ -201,7 +231,15 @@ def decoder_names(
 
 def gemma_names(config: DecoderConfig) -> Names:
     """Where the weights of Gemma go. Its norms add 1 to their weights."""
-    return decoder_names(config, before_feed_forward="pre_feedforward_layernorm", scale=lambda weight: 1 + weight)
+    # The first Gemma has no norms after attention and feed-forward, and calls the one before by another's name.
+    before = "pre_feedforward_layernorm" if config.post_norm else "post_attention_layernorm"
+    return decoder_names(config, before_feed_forward=before, scale=lambda weight: 1 + weight)
+
+
+def text_rename(name: str) -> str:
+    """The name that a weight of a model with images has in its text model alone."""
+    # The second is the name in checkpoints of old.
+    return re.sub(r"^(model\.language_model|language_model\.model)\.", "model.", name).removeprefix("language_model.")
 
 
 def llama4_names(config: DecoderConfig) -> Names:

@@ -18,10 +18,11 @@ from jaxtyping import Array, Bool, DTypeLike, Float, Integer
 
 from jaxmask import checks
 from jaxmask.dispatch import Implementation, attention
-from jaxmask.flax.cache import Cache, LayerCache, Step, check_valid, consecutive
-from jaxmask.flax.models.layers import Linear, convert_sizes, embed, project
-from jaxmask.mask import Full, Mask
-from jaxmask.masks import Causal, Chunked, Padding, Segments, SlidingWindow
+from jaxmask.flax.cache import Cache, LayerCache, Step, Valid, as_valid, consecutive
+from jaxmask.flax.models.blockwise import Blockwise
+from jaxmask.flax.models.layers import Linear, convert_sizes, embed, last_token, project
+from jaxmask.mask import And, Empty, Full, Mask, Or
+from jaxmask.masks import Causal, Chunked, Padding, Segments, Window
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {"silu": jax.nn.silu, "gelu_tanh": jax.nn.gelu}
 
@@ -113,15 +114,26 @@ class DecoderLayer:
     def __post_init__(self) -> None:
         convert_sizes(self, *(name for name in ("window", "chunk") if getattr(self, name) is not None))
 
-    def mask(self, positions: Integer[Array | np.ndarray, "#batch q"] | None = None) -> Mask:
-        """The keys that a query attends to, for tokens at ``positions``, or at all positions from 0 on."""
-        mask: Mask = Causal()
-        if self.window is not None:
-            mask = mask & SlidingWindow(self.window)
+    def mask(
+        self,
+        positions: Integer[Array | np.ndarray, "#batch q"] | None = None,
+        blocks: Mask | None = None,
+        *,
+        blocks_exceed_window: bool = False,
+    ) -> Mask:
+        """The keys that a query attends to, for tokens at ``positions``, or at all positions from 0 on.
+
+        Args:
+            positions: of the tokens; ``None`` for the positions at which the mask is read.
+            blocks: the pairs that attend to each other both ways, as of an image.
+            blocks_exceed_window: as in :class:`DecoderConfig`.
+        """
+        blocks = Empty() if blocks is None else blocks
+        near: Mask = Full() if self.window is None else Window(self.window - 1, None)
         if self.chunk is not None:
             # Chunks count from the start of each document, which may follow padding or another document.
-            mask = mask & (Chunked(self.chunk) if positions is None else Segments(positions.clip(0) // self.chunk))
-        return mask
+            near = near & (Chunked(self.chunk) if positions is None else Segments(positions.clip(0) // self.chunk))
+        return Causal() & near | blocks if blocks_exceed_window else (Causal() | blocks) & near
 
     @property
     def looks_back(self) -> int | None:
@@ -149,6 +161,9 @@ class DecoderConfig:
         embedding_scale: multiplies the embeddings.
         attention_scale: multiplies the scores; ``None`` for ``head_dim ** -0.5``.
         attention_cap, logits_cap: soft caps of the scores and of the logits (Gemma 2); ``None`` for no cap.
+        blocks_exceed_window: whether a token in a block, as of an image, attends to all of the block in a layer with a
+            window, too (PaliGemma 2), or only to what is in the window (Gemma 3). The caches of all layers then keep
+            all keys.
 
     Raises:
         TypeError: a size is not an integer.
@@ -174,6 +189,7 @@ class DecoderConfig:
     attention_scale: float | None = None
     attention_cap: float | None = None
     logits_cap: float | None = None
+    blocks_exceed_window: bool = False
 
     def __post_init__(self) -> None:
         convert_sizes(self, "vocab_size", "dim", "hidden_dim", "heads", "kv_heads", "head_dim")
@@ -203,10 +219,11 @@ class DecoderConfig:
 
 
 class Context(NamedTuple):
-    """What all layers share in one call: where the tokens are, what the caller masks, and how to attend."""
+    """What all layers share in one call: where the tokens and blocks are, what the caller masks, how to attend."""
 
     positions: Integer[Array | np.ndarray, "#batch q"]
     mask: Mask
+    blocks: Mask | None
     step: Step | None
     implementation: Implementation | None
 
@@ -241,7 +258,7 @@ class Attention(nnx.Module):
     def __call__(
         self, x: Float[Array, "batch q dim"], context: Context, cache: LayerCache | None
     ) -> tuple[Float[Array, "batch q dim"], LayerCache | None]:
-        config, layer, (positions, mask, step, implementation) = self.config, self.layer, context
+        config, layer, (positions, mask, blocks, step, implementation) = self.config, self.layer, context
         query, key, value = (
             part.reshape(*x.shape[:2], -1, config.head_dim)
             for part in jnp.split(self.query_key_value(x), np.cumsum(self.sizes[:2]), -1)
@@ -259,12 +276,13 @@ class Attention(nnx.Module):
             times = 1 + slope * jnp.log1p(jnp.floor((jnp.maximum(positions, 0) + 1) / floor))
             query = query * times[..., None, None].astype(query.dtype)
         scale, cap = config.attention_scale, config.attention_cap
+        own = layer.mask(positions if step is None else None, blocks, blocks_exceed_window=config.blocks_exceed_window)
         if cache is None or step is None:
-            mask = mask & layer.mask(positions)
+            mask = mask & own
             out = attention(query, key, value, mask, scale=scale, logits_soft_cap=cap, implementation=implementation)
         else:
-            new, mask = (query, key, value), layer.mask()
-            out, cache = cache.attend(step, *new, mask, scale=scale, logits_soft_cap=cap, implementation=implementation)
+            new = query, key, value
+            out, cache = cache.attend(step, *new, own, scale=scale, logits_soft_cap=cap, implementation=implementation)
         return self.out(out.reshape(*x.shape[:2], -1)), cache
 
 
@@ -332,17 +350,33 @@ class Decoder(nnx.Module):
     def empty_cache(self, batch: SupportsIndex, length: SupportsIndex) -> Cache:
         """A cache for ``batch`` texts of at most ``length`` tokens. It raises as :meth:`Cache.empty` does."""
         config = self.config
-        windows = [layer.looks_back for layer in config.layers]
+        windows = [None if config.blocks_exceed_window else layer.looks_back for layer in config.layers]
         dtype = self.embedding.embedding.dtype
         return Cache.empty(batch, length, layers=windows, kv_heads=config.kv_heads, dim=config.head_dim, dtype=dtype)
+
+    def embed(
+        self,
+        tokens: Integer[Array | np.ndarray, "batch q"],
+        valid: Valid | None = None,
+    ) -> Float[Array, "batch q dim"]:
+        """The embedding of each token, scaled as the layers take it. An id outside the vocabulary makes NaN.
+
+        Args:
+            tokens: ``[batch, q]``.
+            valid: bool or 0/1, false for padding, whose id may be any; ``None`` if there is no padding.
+        """
+        valid = None if valid is None else as_valid(valid, checks.array("tokens", tokens, "i", 2).shape)
+        return embed("tokens", tokens, self.embedding, valid) * self.config.embedding_scale
 
     def __call__(
         self,
         tokens: Integer[Array | np.ndarray, "batch q"],
-        valid: Bool[Array | np.ndarray, "batch q"] | None = None,
+        valid: Valid | None = None,
         *,
         cache: Cache | None = None,
         mask: Mask | None = None,
+        block_sequence_ids: Integer[Array | np.ndarray, "batch q"] | None = None,
+        embeddings: Float[Array | np.ndarray, "batch q dim"] | None = None,
         positions: Integer[Array | np.ndarray, "batch q"] | None = None,
         last_only: bool = False,
         implementation: Implementation | None = None,
@@ -351,10 +385,16 @@ class Decoder(nnx.Module):
 
         Args:
             tokens: the text, or its continuation if there is a cache. An id outside the vocabulary makes NaN.
-            valid: True for tokens, False for padding on either side; ``None`` if there is no padding.
+            valid: bool or 0/1, true for tokens, false for padding on either side; ``None`` if there is no padding.
             cache: the text so far, from :meth:`empty_cache` or the last call; ``None`` if ``tokens`` is the whole text.
-            mask: restricts each layer's mask, as ``Segments(ids)`` does for packed documents. It needs a call without
-                a cache, because its keys are in the order of ``tokens``.
+            mask: restricts each layer's mask, which stays causal, as ``Segments(ids)`` does for packed documents. Where
+                tokens attend to later ones, say ``block_sequence_ids``. It needs a call without a cache, because its
+                keys are in the order of ``tokens``.
+            block_sequence_ids: the block of each token, negative for a token of none, which is causal. A token attends
+                to all tokens of its block, those that follow it included: an image of Gemma 3, the prefix of PaliGemma.
+                All tokens of a block are in one call. The name is that of Transformers' ``create_causal_mask``.
+            embeddings: what the layers take in place of the embeddings of ``tokens``, of which the shape alone is then
+                read: ``jnp.where(is_image[..., None], image, model.embed(tokens))``.
             positions: of the tokens, for rotary embeddings and chunks, ``[batch, q]``; ``None`` to count each row's
                 tokens from 0. Padding between tokens is then an error, or makes NaN where ``valid`` is traced.
             last_only: whether to return the logits after the last token of each row only, ``[batch, 1, vocab]``. A row
@@ -362,13 +402,14 @@ class Decoder(nnx.Module):
             implementation: as in :func:`jaxmask.attention`.
 
         Raises:
-            ValueError: shapes do not fit each other, the cache has no room, or ``mask`` or ``positions`` meet a cache.
+            ValueError: shapes do not fit each other, the cache has no room, or ``mask`` or ``positions`` meet a cache;
+                ``mask`` is of tokens that attend to later ones, as ``Causal() | Prefix(3)`` or ``Window(2, 2)``.
             TypeError: an argument has the wrong type or dtype.
         """
         if not checks.array("tokens", tokens, "i", 2).shape[1]:
             raise ValueError(f"tokens must have at least one token in a row, got {checks.describe(tokens)}")
         if valid is not None:
-            check_valid(valid, tokens.shape)
+            valid = as_valid(valid, tokens.shape)
         if cache is not None and not self._made(cache):
             raise ValueError("cache is not one of this model: begin with the one that its empty_cache returns")
         if cache is not None and len(cache.tokens) != len(tokens):
@@ -380,6 +421,16 @@ class Decoder(nnx.Module):
                 "mask and positions need a call without a cache, for a cache knows the positions of its tokens; leave "
                 "them out, or leave the cache out"
             )
+        if block_sequence_ids is not None:
+            checks.fits_int32("block_sequence_ids", _for_tokens("block_sequence_ids", block_sequence_ids, tokens))
+        if embeddings is not None and checks.array("embeddings", embeddings, "f").shape != (
+            *tokens.shape,
+            self.config.dim,
+        ):
+            raise ValueError(
+                f"embeddings must be [batch, q, dim] = {[*tokens.shape, self.config.dim]}, one for each of tokens, got "
+                f"{checks.describe(embeddings)}"
+            )
         step, is_given = None if cache is None else cache.step(tokens.shape[1], valid), positions is not None
         fits: Array | np.ndarray | None = None
         if step is not None:
@@ -389,26 +440,28 @@ class Decoder(nnx.Module):
             if valid is not None:
                 _, padding, fits = consecutive(valid)
                 positions = positions - padding[:, None]
-        elif checks.array("positions", positions, "i", 2).shape != tokens.shape:
-            raise ValueError(
-                f"positions must have the shape of tokens, {list(tokens.shape)}, got {checks.describe(positions)}; "
-                "leave them out to count the tokens of each row"
-            )
+        else:
+            _for_tokens("positions", positions, tokens, "; leave them out to count the tokens of each row")
+        if mask is not None:
+            _refuse_more_than_causal(mask)
         if step is None:
             self._refuse_mixed_documents(mask, positions if is_given else None, valid)
         mask = Full() if mask is None else mask
-        context = Context(positions, mask if valid is None else mask & Padding(valid), step, implementation)
-        x = embed("tokens", tokens, self.embedding, valid) * self.config.embedding_scale
+        blocks = None
+        if block_sequence_ids is not None:
+            ids = jnp.asarray(block_sequence_ids).astype(jnp.int32)
+            blocks = Blockwise(ids, 0 if step is None else step.offset)
+        context = Context(positions, mask if valid is None else mask & Padding(valid), blocks, step, implementation)
+        if embeddings is None:
+            x = self.embed(tokens, valid)
+        else:
+            x = jnp.asarray(embeddings).astype(self.embedding.embedding.dtype)
         layers: list[LayerCache] = []
         for i, block in enumerate(self.blocks):
             x, layer = block(x, context, None if cache is None else cache.layers[i])
             if layer is not None:
                 layers.append(layer)
-        if last_only and valid is not None:
-            last = tokens.shape[1] - 1 - jnp.argmax(jnp.asarray(valid)[:, ::-1], 1)
-            has_token = jnp.asarray(valid).any(1)[:, None, None]
-            x = jnp.where(has_token, jnp.take_along_axis(x, last[:, None, None], 1), jnp.nan)
-        x = self.norm(x[:, -1:] if last_only else x)
+        x = self.norm(last_token(x, valid) if last_only else x)
         if fits is not None:
             x = jnp.where(fits[:, None, None], x, jnp.nan)
         logits = project(x, self.embedding.embedding[...]) if self.head is None else self.head(x)
@@ -443,3 +496,32 @@ class Decoder(nnx.Module):
                     f"mask is missing: positions begin anew in row {row} at token {column + 1}, so that there are "
                     "several documents, which would attend to each other; say mask=Segments(ids)"
                 )
+
+
+def _refuse_more_than_causal(mask: Mask) -> None:
+    """Refuse what says of later tokens that they are attended to, since each layer's own mask is causal."""
+    joined = mask.masks if isinstance(mask, And) else (mask,)
+    for part in mask.parts():
+        # The other part of a union with the causal mask would change nothing.
+        is_more = isinstance(part, Or) and any(isinstance(one, Causal) for one in part.masks)
+        looks_ahead = isinstance(part, Window) and part in joined and isinstance(part.right, int) and part.right > 0
+        if is_more or looks_ahead:
+            raise ValueError(
+                f"mask must restrict the causal mask of each layer, got {part!r}, which would let a token attend to "
+                "later ones; say which attend to each other both ways by block_sequence_ids, as "
+                "for a prefix by jnp.where(jnp.arange(length) < prefix_length, 0, -1)[None]"
+            )
+
+
+def _for_tokens(
+    name: str,
+    array: Integer[Array | np.ndarray, "batch q"],
+    tokens: Integer[Array | np.ndarray, "batch q"],
+    hint: str = "",
+) -> Integer[Array | np.ndarray, "batch q"]:
+    """``array``, which must have an integer for each token."""
+    if checks.array(name, array, "i", 2).shape != tokens.shape:
+        raise ValueError(
+            f"{name} must have the shape of tokens, {list(tokens.shape)}, got {checks.describe(array)}{hint}"
+        )
+    return array

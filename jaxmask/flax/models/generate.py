@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Hashable, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol, SupportsIndex, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -13,8 +13,7 @@ from jax.experimental import io_callback
 from jaxtyping import Array, Bool, Float, Int, Integer
 
 from jaxmask import checks
-from jaxmask.flax.cache import Cache
-from jaxmask.flax.models.decoder import Decoder
+from jaxmask.flax.cache import Cache, Valid, as_valid
 
 OnTokens = Callable[[np.ndarray, np.ndarray], None]
 # How to draw a token: a key, a temperature and top_p.
@@ -22,6 +21,26 @@ Draw = tuple[Array, Float[Array, ""], Float[Array, ""] | None]
 # The number of tokens so far, the last of each row, the cache, which rows have ended, their lengths, and all tokens.
 Carry = tuple[Array, Array, Cache | None, Array, Array, Array]
 Weights = nnx.State[Hashable, object]
+
+
+@runtime_checkable
+class LanguageModel(Protocol):
+    """What :func:`generate` needs of an ``nnx.Module``: a :class:`Decoder`, a :class:`T5Decoder`, or another.
+
+    Its ``config`` has a ``vocab_size``.
+    """
+
+    config: Any
+
+    def empty_cache(self, batch: SupportsIndex, length: SupportsIndex) -> Cache:
+        """A cache for ``batch`` texts of at most ``length`` tokens."""
+        ...
+
+    def __call__(
+        self, tokens: Any, valid: Any = None, *, cache: Cache | None = None, last_only: bool = False
+    ) -> tuple[Float[Array, "batch #q vocab"], Cache | None]:
+        """The logits for the token after each, and the cache with these tokens."""
+        ...
 
 
 class Generated(NamedTuple):
@@ -73,11 +92,13 @@ def _ends(end: Sequence[int]) -> Int[Array, "ends"]:
 
 
 def generate(
-    model: Decoder,
+    model: LanguageModel,
     tokens: Integer[Array | np.ndarray, "batch length"],
-    valid: Bool[Array | np.ndarray, "batch length"] | None = None,
+    valid: Valid | None = None,
     *,
     max_new_tokens: int,
+    block_sequence_ids: Integer[Array | np.ndarray, "batch length"] | None = None,
+    embeddings: Float[Array | np.ndarray, "batch length dim"] | None = None,
     cache_length: int | None = None,
     temperature: float = 0.0,
     top_k: int | None = None,
@@ -93,10 +114,13 @@ def generate(
     ``top_k`` or ``on_tokens``, and other settings that are ``None``. So pass the same function each time.
 
     Args:
-        model: the decoder.
+        model: a :class:`Decoder`; or the decoder that ``T5.read`` returns for a text, which the tokens answer.
         tokens: the prompts.
-        valid: True for tokens, False for padding on either side; ``None`` if there is none. See :func:`left_pad`.
+        valid: bool or 0/1, true for tokens, false for padding on either side; ``None`` if there is none. See
+            :func:`left_pad`.
         max_new_tokens: the most tokens to generate for each row, at least 1; static.
+        block_sequence_ids, embeddings: of the prompts, where there are images or prefixes in them, as the model takes
+            them. New tokens are causal. With embeddings, ``tokens`` may be any.
         cache_length: the number of tokens that a row of the cache has room for; ``None`` for as many as needed.
         temperature: divides the logits before a token is drawn. 0 takes the most likely token, and needs no ``key``.
         top_k: draw from the ``top_k`` most likely tokens only.
@@ -113,7 +137,7 @@ def generate(
 
     Source of ``temperature``, ``top_k``, ``top_p``: the logits processors of these names in Transformers.
 
-    >>> from jaxmask.flax import DecoderConfig, DecoderLayer
+    >>> from jaxmask.flax import Decoder, DecoderConfig, DecoderLayer
     >>> config = DecoderConfig(16, 8, 16, heads=2, kv_heads=1, head_dim=4, layers=(DecoderLayer(),))
     >>> model = Decoder(config, rngs=nnx.Rngs(0))
     >>> generate(model, *left_pad([[5, 6, 7], [8]]), max_new_tokens=3).tokens.shape
@@ -137,19 +161,23 @@ def generate(
         raise ValueError(f"key is missing: to draw tokens at temperature {temperature}, say key=jax.random.key(seed)")
     if isinstance(end, int | np.integer):
         raise TypeError(f"end must be a sequence of tokens, got {end}; say end=[{end}]")
+    valid = None if valid is None else as_valid(valid, tokens.shape)
     graph, state = nnx.split(model)
     cache = model.empty_cache(batch, needed if cache_length is None else cache_length)
     cache.step(length, valid)  # raises for a bad valid, which is traced in prefill
     if valid is not None and not checks.is_traced(valid) and not (has_token := np.asarray(valid).any(1)).all():
         raise ValueError(f"each prompt must have a token, but valid has none in row {int(has_token.argmin())}")
-    if not checks.is_traced(tokens) and not checks.is_traced(valid):
+    if embeddings is None and not checks.is_traced(tokens) and not checks.is_traced(valid):
         given = np.asarray(tokens)[... if valid is None else np.asarray(valid)]
         if given.min() < 0 or given.max() >= vocab_size:
             raise ValueError(
                 f"tokens must be from 0 to {vocab_size - 1}, got {given.min()} to {given.max()}: is the tokenizer that "
                 "of the model?"
             )
-    logits, cache = prefill(graph, state, cache, jnp.asarray(tokens), None if valid is None else jnp.asarray(valid))
+    given = {"block_sequence_ids": block_sequence_ids, "embeddings": embeddings}
+    images = {name: jnp.asarray(array) for name, array in given.items() if array is not None}
+    valid = None if valid is None else jnp.asarray(valid)
+    logits, cache = prefill(graph, state, cache, jnp.asarray(tokens), valid, images)
     draw = None if not temperature else (key, jnp.float32(temperature), None if top_p is None else jnp.float32(top_p))
     ends, top_k = _ends(end), None if top_k is None else min(int(top_k), vocab_size)
     return decode(graph, state, cache, logits, draw, ends, jnp.int32(pad), new=new, top_k=top_k, on_tokens=on_tokens)[0]
@@ -175,20 +203,24 @@ def check_settings(*, max_new_tokens: int, temperature: float, top_k: int | None
 
 @partial(jax.jit, static_argnums=0, donate_argnums=2)
 def prefill(
-    graph: nnx.GraphDef[Decoder],
+    graph: nnx.GraphDef[Any],
     state: Weights,
     cache: Cache,
     tokens: Integer[Array, "batch length"],
     valid: Bool[Array, "batch length"] | None,
+    images: dict[str, Any] | None = None,
 ) -> tuple[Float[Array, "batch vocab"], Cache | None]:
-    """The logits after each prompt, and the cache with the prompts."""
-    logits, filled = nnx.merge(graph, state)(tokens, valid, cache=cache, last_only=True)
+    """The logits after each prompt, and the cache with the prompts.
+
+    ``images`` are the arguments of the model that say where blocks and images are, by name.
+    """
+    logits, filled = nnx.merge(graph, state)(tokens, valid, cache=cache, last_only=True, **(images or {}))
     return logits[:, 0], filled
 
 
 @partial(jax.jit, static_argnums=0, static_argnames=("new", "top_k", "on_tokens"), donate_argnums=2)
 def decode(
-    graph: nnx.GraphDef[Decoder],
+    graph: nnx.GraphDef[Any],
     state: Weights,
     cache: Cache,
     logits: Float[Array, "batch vocab"],

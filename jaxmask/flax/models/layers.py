@@ -64,6 +64,17 @@ def embed(
     return jnp.where(is_unknown[..., None], jnp.nan, embedded)
 
 
+def last_token(
+    x: Float[Array, "batch q dim"], valid: Bool[Array | np.ndarray, "batch q"] | None
+) -> Float[Array, "batch 1 dim"]:
+    """What is at the last token of each row; NaN for a row of padding."""
+    if valid is None:
+        return x[:, -1:]
+    last = x.shape[1] - 1 - jnp.argmax(jnp.asarray(valid)[:, ::-1], 1)
+    has_token = jnp.asarray(valid).any(1)[:, None, None]
+    return jnp.where(has_token, jnp.take_along_axis(x, last[:, None, None], 1), jnp.nan)
+
+
 def convert_sizes(config: object, *names: str) -> None:
     """Make these fields of a frozen dataclass Python ints of at least 1.
 

@@ -1,0 +1,286 @@
+"""T5: an encoder that reads a text, and a decoder that answers it, whose keys and values of the text are kept."""
+
+import math
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Generic, SupportsIndex, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Bool, DTypeLike, Float, Int, Integer
+
+from jaxmask import checks
+from jaxmask.dispatch import Implementation, attention
+from jaxmask.flax.cache import Cache, LayerCache, Valid, as_valid
+from jaxmask.flax.models.layers import Linear, convert_sizes, embed, last_token, project
+from jaxmask.mask import Full, Mask
+from jaxmask.masks import Causal, Padding
+
+Tokens = Integer[Array | np.ndarray, "batch length"]
+Hidden = Float[Array, "batch length dim"]
+Heads = Float[Array, "batch length heads head_dim"]
+
+
+@dataclass(frozen=True)
+class T5Config:
+    """The sizes of a :class:`T5`.
+
+    Args:
+        vocab_size: the number of tokens.
+        dim, hidden_dim: the width of the hidden states, and the width inside the MLP.
+        layers: the number of layers, of the encoder and of the decoder alike.
+        heads, head_dim: the number of heads, and their size.
+        buckets: the number of distances between tokens that a layer tells apart.
+        max_distance: from this distance on, all are one.
+        epsilon: added to the mean square by norms.
+
+    Raises:
+        TypeError: a size is not an integer.
+        ValueError: a size is less than 1.
+    """
+
+    vocab_size: int
+    dim: int
+    hidden_dim: int
+    layers: int
+    heads: int
+    head_dim: int
+    buckets: int = 32
+    max_distance: int = 128
+    epsilon: float = 1e-6
+
+    def __post_init__(self) -> None:
+        sizes = "vocab_size", "dim", "hidden_dim", "layers", "heads", "head_dim", "buckets", "max_distance"
+        convert_sizes(self, *sizes)
+
+
+def bucket(distance: Int[Array, "..."], buckets: int, max_distance: int, both_ways: bool) -> Int[Array, "..."]:
+    """The bucket of a distance: one for each that is near, and ever wider ones for those afar.
+
+    Source: ``T5Attention._relative_position_bucket`` in Transformers.
+    """
+    ahead = jnp.zeros_like(distance)
+    if both_ways:
+        buckets //= 2
+        ahead = jnp.where(distance > 0, buckets, 0)
+    distance = jnp.abs(distance) if both_ways else jnp.maximum(-distance, 0)
+    exact = buckets // 2
+    # The same arithmetic as the original's, for where one bucket ends is a matter of rounding.
+    ratios = np.log(np.maximum(np.arange(max_distance), 1).astype(np.float32) / np.float32(exact))
+    wide = exact + (ratios / np.float32(math.log(max_distance / exact)) * np.float32(buckets - exact)).astype(np.int32)
+    table = jnp.asarray(np.where(np.arange(max_distance) < exact, np.arange(max_distance), wide))
+    return ahead + jnp.where(distance < max_distance, table[jnp.minimum(distance, max_distance - 1)], buckets - 1)
+
+
+class T5Attention(nnx.Module):
+    """The projections of attention. T5 does not scale the scores: its initialisation does."""
+
+    def __init__(self, config: T5Config, param_dtype: DTypeLike, rngs: nnx.Rngs) -> None:
+        linear = partial(Linear, use_bias=False, param_dtype=param_dtype, rngs=rngs)
+        inner, self.head_dim = config.heads * config.head_dim, config.head_dim
+        self.query, self.key, self.value = (linear(config.dim, inner) for _ in range(3))
+        self.out = linear(inner, config.dim)
+
+    def queries(self, x: Hidden) -> Heads:
+        """The queries of hidden states."""
+        return self._heads(self.query(x))
+
+    def keys_and_values(self, x: Hidden) -> tuple[Heads, Heads]:
+        """The keys and the values of hidden states."""
+        return self._heads(self.key(x)), self._heads(self.value(x))
+
+    def join(self, attended: Heads) -> Hidden:
+        """The heads in one."""
+        return self.out(attended.reshape(*attended.shape[:2], -1))
+
+    def _heads(self, x: Hidden) -> Heads:
+        return x.reshape(*x.shape[:2], -1, self.head_dim)
+
+
+class T5EncoderLayer(nnx.Module):
+    """Attention within a text, and an MLP."""
+
+    def __init__(self, config: T5Config, param_dtype: DTypeLike, rngs: nnx.Rngs) -> None:
+        linear = partial(Linear, use_bias=False, param_dtype=param_dtype, rngs=rngs)
+        self.self_norm, self.mlp_norm = (_norm(config, param_dtype, rngs) for _ in range(2))
+        self.self_attention = T5Attention(config, param_dtype, rngs)
+        self.up, self.down = linear(config.dim, config.hidden_dim), linear(config.hidden_dim, config.dim)
+
+    def mlp(self, x: Hidden) -> Hidden:
+        """The hidden states after the MLP."""
+        return x + self.down(jax.nn.relu(self.up(self.mlp_norm(x))))
+
+
+class T5DecoderLayer(T5EncoderLayer):
+    """Attention within an answer, attention across to the text, and an MLP."""
+
+    def __init__(self, config: T5Config, param_dtype: DTypeLike, rngs: nnx.Rngs) -> None:
+        super().__init__(config, param_dtype, rngs)
+        self.cross_norm = _norm(config, param_dtype, rngs)
+        self.cross_attention = T5Attention(config, param_dtype, rngs)
+
+
+L = TypeVar("L", bound=T5EncoderLayer)
+
+
+class T5Stack(nnx.Module, Generic[L]):
+    """The layers of the encoder or of the decoder. All of them have one table of biases."""
+
+    def __init__(self, config: T5Config, layer: type[L], param_dtype: DTypeLike, rngs: nnx.Rngs) -> None:
+        self.config, self.both_ways = config, layer is T5EncoderLayer
+        self.distances = nnx.Embed(config.buckets, config.heads, param_dtype=param_dtype, rngs=rngs)
+        self.layers = nnx.List([layer(config, param_dtype, rngs) for _ in range(config.layers)])
+        self.norm = _norm(config, param_dtype, rngs)
+
+    def bias(self) -> jax.tree_util.Partial:
+        """What is added to the scores: a number for each head and each bucket of distances."""
+        config, both_ways = self.config, self.both_ways
+
+        def bias(table: Array, b: Any, h: Any, q: Any, kv: Any) -> Array:
+            return table[bucket(kv - q, config.buckets, config.max_distance, both_ways), h]
+
+        return jax.tree_util.Partial(bias, self.distances.embedding[...])
+
+
+class T5(nnx.Module):
+    """T5. ``read`` a text, and :func:`generate` continues the answer with the decoder that is returned.
+
+    ``torch_compat.models.load`` fills it with the weights of a checkpoint.
+
+    Args:
+        config: the sizes.
+        param_dtype: of the weights, and of the computation.
+        rngs: for random weights.
+
+    Source: ``transformers.T5ForConditionalGeneration``, without dropout; https://arxiv.org/abs/1910.10683.
+
+    >>> from jaxmask.flax import generate
+    >>> model = T5(T5Config(64, dim=16, hidden_dim=32, layers=2, heads=2, head_dim=8), rngs=nnx.Rngs(0))
+    >>> decoder = model.read(jnp.array([[5, 6, 7], [8, 9, 0]]), jnp.array([[1, 1, 1], [1, 1, 0]]))
+    >>> generate(decoder, jnp.zeros((2, 1), int), max_new_tokens=4).tokens.shape
+    (2, 4)
+    """
+
+    def __init__(self, config: T5Config, *, param_dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs) -> None:
+        self.config = config
+        self.words = nnx.Embed(config.vocab_size, config.dim, param_dtype=param_dtype, rngs=rngs)
+        self.encoder = T5Stack(config, T5EncoderLayer, param_dtype, rngs)
+        self.decoder = T5Stack(config, T5DecoderLayer, param_dtype, rngs)
+
+    def encode(
+        self, tokens: Tokens, valid: Valid | None = None, *, implementation: Implementation | None = None
+    ) -> Hidden:
+        """The hidden states of a text, ``[batch, length, dim]``.
+
+        Args:
+            tokens: integer ``[batch, length]``. An id outside the vocabulary makes NaN.
+            valid: bool or 0/1 ``[batch, length]``, false for padding; ``None`` if there is no padding.
+            implementation: as in :func:`jaxmask.attention`.
+
+        Raises:
+            ValueError: a shape does not fit.
+            TypeError: an argument has the wrong type or dtype.
+        """
+        return self._encode(tokens, _checked(tokens, valid), implementation)
+
+    def read(
+        self, tokens: Tokens, valid: Valid | None = None, *, implementation: Implementation | None = None
+    ) -> "T5Decoder":
+        """The decoder of answers to a text, with the keys and values of the text in it.
+
+        The arguments are those of :meth:`encode`. For other texts of the same shape, nothing compiles again.
+        """
+        is_token = _checked(tokens, valid)
+        return T5Decoder(self, self._encode(tokens, is_token, implementation), is_token)
+
+    def _encode(self, tokens: Tokens, valid: Any, implementation: Implementation | None) -> Hidden:
+        x, bias = embed("tokens", tokens, self.words, valid), self.encoder.bias()
+        mask = Full() if valid is None else Padding(valid)
+        for layer in self.encoder.layers:
+            normed, attend = layer.self_norm(x), layer.self_attention
+            key, value = attend.keys_and_values(normed)
+            attended = attention(
+                *(attend.queries(normed), key, value, mask), bias=bias, scale=1.0, implementation=implementation
+            )
+            x = layer.mlp(x + attend.join(attended))
+        return self.encoder.norm(x)
+
+
+class T5Decoder(nnx.Module):
+    """The decoder of answers to a text, from tokens to logits. :meth:`T5.read` makes it.
+
+    Args:
+        model: whose decoder it is.
+        encoded: the hidden states of the text, ``[batch, length, dim]``.
+        valid: bool ``[batch, length]``, false for padding of the text; ``None`` if there is no padding.
+    """
+
+    def __init__(self, model: T5, encoded: Hidden, valid: Bool[Array | np.ndarray, "batch length"] | None) -> None:
+        self.config, self.words, self.stack = model.config, model.words, model.decoder
+        pairs = [layer.cross_attention.keys_and_values(encoded) for layer in self.stack.layers]
+        # Computed once, where each step would compute them anew.
+        self.text_keys = nnx.List([nnx.Cache(key) for key, _ in pairs])
+        self.text_values = nnx.List([nnx.Cache(value) for _, value in pairs])
+        self.text_valid = None if valid is None else nnx.Cache(jnp.asarray(valid))
+
+    def empty_cache(self, batch: SupportsIndex, length: SupportsIndex) -> Cache:
+        """A cache for ``batch`` answers of at most ``length`` tokens. It raises as :meth:`Cache.empty` does."""
+        config, dtype = self.config, self.words.embedding.dtype
+        layers = [None] * config.layers
+        return Cache.empty(batch, length, layers=layers, kv_heads=config.heads, dim=config.head_dim, dtype=dtype)
+
+    def __call__(
+        self,
+        tokens: Tokens,
+        valid: Valid | None = None,
+        *,
+        cache: Cache | None = None,
+        last_only: bool = False,
+        implementation: Implementation | None = None,
+    ) -> tuple[Float[Array, "batch #q vocab"], Cache]:
+        """The logits for the token after each, and the cache with these tokens.
+
+        Args:
+            tokens: an answer for each text, or its continuation if there is a cache. An answer begins with the padding
+                token in the checkpoints of T5. An id outside the vocabulary makes NaN.
+            valid: bool or 0/1, true for tokens, false for padding on either side; ``None`` if there is no padding.
+            cache: the answer so far, from :meth:`empty_cache` or the last call; ``None`` if ``tokens`` is all of it.
+            last_only: whether to return the logits after the last token of each row only, ``[batch, 1, vocab]``. A row
+                of padding gives NaN.
+            implementation: as in :func:`jaxmask.attention`.
+
+        Raises:
+            ValueError: shapes do not fit each other, or the cache has no room.
+            TypeError: an argument has the wrong type or dtype.
+        """
+        is_token, texts = _checked(tokens, valid), len(self.text_keys[0])
+        if len(tokens) != texts:
+            raise ValueError(f"tokens must have a row for each of the {texts} texts, got {checks.describe(tokens)}")
+        cache = self.empty_cache(*tokens.shape) if cache is None else cache
+        step, layers = cache.step(tokens.shape[1], is_token), list[LayerCache]()
+        x, bias = embed("tokens", tokens, self.words, is_token), self.stack.bias()
+        mask: Mask = Full() if self.text_valid is None else Padding(self.text_valid[...])
+        parts = self.stack.layers, cache.layers, self.text_keys, self.text_values
+        for layer, old, key, value in zip(*parts, strict=True):
+            normed, attend = layer.self_norm(x), layer.self_attention
+            new = attend.queries(normed), *attend.keys_and_values(normed)
+            attended, filled = old.attend(step, *new, Causal(), bias=bias, scale=1.0, implementation=implementation)
+            layers.append(filled)
+            x = x + attend.join(attended)
+            cross = layer.cross_attention
+            query = cross.queries(layer.cross_norm(x))
+            attended = attention(query, key[...], value[...], mask, scale=1.0, implementation=implementation)
+            x = layer.mlp(x + cross.join(attended))
+        x = self.stack.norm(last_token(x, is_token) if last_only else x)
+        return project(x * self.config.dim**-0.5, self.words.embedding[...]), step.end(layers)
+
+
+def _checked(tokens: Tokens, valid: Valid | None) -> Bool[Array | np.ndarray, "batch length"] | None:
+    checks.array("tokens", tokens, "i", 2)
+    return None if valid is None else as_valid(valid, tokens.shape)
+
+
+def _norm(config: T5Config, param_dtype: DTypeLike, rngs: nnx.Rngs) -> nnx.RMSNorm:
+    return nnx.RMSNorm(config.dim, epsilon=config.epsilon, param_dtype=param_dtype, rngs=rngs)
