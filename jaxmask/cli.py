@@ -95,7 +95,7 @@ def verify(
             oracles=oracle or None,
             report=report,
         )
-    except (ValueError, ModuleNotFoundError) as error:
+    except (ValueError, ModuleNotFoundError, OSError) as error:
         _fail(error)
     raise typer.Exit(status)
 

@@ -114,7 +114,7 @@ class Segments(Mask):
             )
         if self.consecutive and isinstance(self._keys, np.ndarray):
             for row, ids in enumerate(self._keys):
-                if len(np.unique(ids)) <= np.count_nonzero(np.diff(ids)):
+                if len(ids) and len(np.unique(ids)) <= np.count_nonzero(np.diff(ids)):
                     raise ValueError(f"consecutive is True, but row {row} of the ids returns to an id: {ids!r}")
 
     @property

@@ -106,7 +106,7 @@ class Reordered(Mask):
     def __post_init__(self) -> None:
         _check_positional("Reordered", self.mask)
         # As int32, because differences of narrower positions could overflow.
-        positions = checks.array("positions", self.positions, "i", 2)
+        positions = checks.some("positions", checks.array("positions", self.positions, "i", 2), "position")
         self._set(positions=checks.int32("positions", positions, -LIMIT, LIMIT))
         if 1 != self.mask.shape[0] != self.positions.shape[0] != 1:
             raise ValueError(

@@ -15,6 +15,7 @@ from jaxmask import (
     Chunked,
     Dense,
     Full,
+    Mask,
     Padding,
     PerHead,
     Predicate,
@@ -22,6 +23,7 @@ from jaxmask import (
     Segments,
     SlidingWindow,
     Window,
+    zoo,
 )
 from jaxmask.bias import from_allowed
 from jaxmask.hf import modeling_attn_mask_utils as hf
@@ -61,7 +63,39 @@ def shapeless_predicate(b: Any, h: Any, q: Any, kv: Any) -> Any:
     return jnp.ones((7,), jnp.bool_)
 
 
+TABLE_OF_KEYS = np.arange(9) % 2 == 0
+LIST_OF_KEYS = TABLE_OF_KEYS.tolist()
+PREDICATES: dict[str, Any] = {
+    "if": lambda b, h, q, kv: kv <= q if q > 2 else kv < q,
+    "and": lambda b, h, q, kv: (kv <= q) and (kv > 2),
+    "chain": lambda b, h, q, kv: 0 <= q - kv < 4,
+    "max": lambda b, h, q, kv: max(q, kv) > 2,
+    "table": lambda b, h, q, kv: TABLE_OF_KEYS[kv],
+    "list": lambda b, h, q, kv: LIST_OF_KEYS[kv],
+    "dict": lambda b, h, q, kv: {1: True}[kv],
+    "int": lambda b, h, q, kv: int(q) > 3,
+    "range": lambda b, h, q, kv: sum(range(kv)) > 3,
+    "numpy": lambda b, h, q, kv: np.isin(kv, [1, 2]),
+}
+
+
+class Branching(Mask):
+    """A mask of a user who writes for numbers."""
+
+    def allows(self, b: Any, h: Any, q: Any, kv: Any) -> Any:
+        return kv <= q if q > 2 else kv < q
+
+    def tile_bounds(self, b: Any, h: Any, q: Any, kv: Any) -> Any:
+        return (True, False) if kv.min <= q.max else (False, False)
+
+
+def shape_of(*shape: int, dtype: Any = jnp.int32) -> Any:
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
 TYPE, VALUE = TypeError, ValueError
+IS_TRACED = "is traced", "jnp.where in place of if", "& and | in place of and and or", r"jnp\.asarray\(table\)"
+NARROW = [jnp.float8_e4m3fn, jnp.float8_e5m2, jnp.float4_e2m1fn]
 
 TABLE = [
     bad(
@@ -1040,9 +1074,139 @@ TABLE = [
         r"\(2,\)",
         r"\(batch, query_length\)",
     ),
+    # Functions that are written for numbers, and not for arrays.
+    *(
+        bad(f"predicate-{name}", lambda fn=fn: Predicate(fn).dense(4, 4), TYPE, "function fn", *IS_TRACED)
+        for name, fn in PREDICATES.items()
+    ),
+    *(
+        bad(
+            f"bounds-{name}",
+            lambda fn=fn: Predicate(fine_predicate, bounds=lambda b, h, q, kv: (fn(b, h, q.min, kv.min), False)).tiles(
+                8, 8, block=2, offset=jnp.zeros(2, jnp.int32)
+            ),
+            TYPE,
+            "function bounds",
+            *IS_TRACED,
+        )
+        for name, fn in PREDICATES.items()
+        if name not in ("table", "numpy")  # the positions of keys are static
+    ),
+    bad("own-allows", lambda: Branching().dense(4, 4), TYPE, "function allows", *IS_TRACED),
+    bad("own-bounds", lambda: Branching().tiles(4, 4, block=2), TYPE, "function tile_bounds", *IS_TRACED),
+    bad("predicate-none", lambda: Predicate(lambda b, h, q, kv: None).dense(4, 4), TYPE, "must return bool, got None"),
+    bad(
+        "predicate-pair",
+        lambda: Predicate(lambda b, h, q, kv: (kv <= q, True)).dense(4, 4),
+        TYPE,
+        "fn of Predicate must return bool",
+    ),
+    # Floats that are too narrow.
+    *(
+        row
+        for dtype in map(jnp.dtype, NARROW)
+        for row in (
+            bad(
+                f"bias-{dtype}",
+                lambda dtype=dtype: Causal().bias(2, 2, dtype),
+                TYPE,
+                "dtype must be float16",
+                f"got {dtype}",
+                "minimum",
+            ),
+            bad(
+                f"converter-{dtype}",
+                lambda ids, dtype=dtype: causal.to_4d(ids, 5, 5, dtype=dtype),
+                TYPE,
+                "dtype must be float16",
+                f"got {dtype}",
+                argument=ONES,
+            ),
+            bad(
+                f"unmask-{dtype}",
+                lib.unmask_unattended,
+                TYPE,
+                "expanded_mask must be float16",
+                rf"{dtype}\[1, 2, 5\]",
+                "astype",
+                argument=jnp.zeros((1, 2, 5), dtype),
+            ),
+            bad(
+                f"merge-{dtype}",
+                lambda out: lib.merge_attention([(out, jnp.zeros((1, 2, 5)))]),
+                TYPE,
+                r"output of parts\[0\] must be float16",
+                "astype",
+                argument=jnp.zeros((1, 2, 5, 4), dtype),
+            ),
+        )
+    ),
+    # The shapes of arrays where arrays are needed.
+    bad("shape-dense", lambda: Padding(shape_of(2, 5)).dense(5, 5), TYPE, "mask must hold arrays", r"int32\[2, 5\]"),
+    bad("shape-bias", lambda: (Causal() & Padding(shape_of(2, 5))).bias(5, 5), TYPE, "mask must hold arrays"),
+    bad("shape-tiles", lambda: Padding(shape_of(2, 5)).tiles(5, 5), TYPE, "mask must hold arrays", "eval_shape"),
+    bad("shape-offset", lambda: Causal().dense(5, 5, offset=shape_of(2)), TYPE, "offset must hold arrays"),
+    # Arrays of nothing.
+    bad("ids-of-nothing", lambda: Segments(np.zeros((1, 0), int), consecutive=True).dense(1, 1), VALUE, "0 keys"),
+    bad("blocks-of-keys", lambda: zoo.Blocks(np.zeros((2, 0), bool), 2), VALUE, "allowed", "at least one", "2, 0"),
+    bad("blocks-of-queries", lambda: zoo.Blocks(np.zeros((0, 2), bool), 2), VALUE, "allowed", "at least one", "0, 2"),
+    bad("no-order", lambda: zoo.Reordered(CAUSAL, np.zeros((1, 0), int)), VALUE, "positions", "at least one position"),
+    bad("no-groups", lambda: zoo.ordered_groups(np.zeros((1, 0), int)), VALUE, "group_ids", "at least one id"),
+    bad("no-token", lambda: zoo.document(CAUSAL, np.zeros((1, 0), int)), VALUE, "segment_ids", "at least one token"),
+    bad("no-block", lambda: zoo.bigbird(np.zeros((1, 0, 1), int), 2), VALUE, "random_blocks", "at least one block"),
+    bad(
+        "no-lengths",
+        lambda lengths: zoo.segment_ids_from_lengths(lengths, 4),
+        VALUE,
+        "lengths must have at least one document",
+        r"int32\[1, 0\]",
+        argument=jnp.zeros((1, 0), jnp.int32),
+    ),
+    bad(
+        "no-ends",
+        lambda ends: zoo.segment_ids_from_cu_seqlens(ends, 4),
+        VALUE,
+        "cu_seqlens must have at least two ends",
+        r"int32\[1, 1\]",
+        argument=jnp.zeros((1, 1), jnp.int32),
+    ),
 ]
 
 test_bad_input_is_refused = refusals(TABLE)
+
+
+@pytest.mark.parametrize("dtype", [jnp.int2, jnp.uint2, jnp.int4, jnp.uint4])
+@pytest.mark.parametrize("library", [np, jnp])
+def test_narrow_integers_are_taken_as_others_are(dtype: Any, library: Any) -> None:
+    ones = library.ones((1, 4), dtype)
+    for mask, same in (
+        (Padding(ones), Full()),
+        (Segments(ones), Full()),
+        (Prefix(ones[0, :1]), Prefix(1)),
+        (Chunked(2, ones[0, :1]), Chunked(2, 1)),
+    ):
+        np.testing.assert_array_equal(mask.dense(4, 4), same.dense(4, 4))
+    for name in ("offset", "key_positions"):
+        at = ones[0] if name == "key_positions" else ones[0, :1]
+        same: Any = np.array(at, np.int32)
+        given: Any = {"offset": 0} if name == "key_positions" else {}
+        np.testing.assert_array_equal(
+            Causal().dense(4, 4, **given, **{name: at}), Causal().dense(4, 4, **given, **{name: same})
+        )
+
+
+def test_no_example_is_no_error() -> None:
+    for nobody in (np.zeros(0, np.int32), jnp.zeros(0, jnp.int32)):
+        for mask in (Prefix(nobody), Chunked(2, nobody), Causal() & (Prefix(nobody) | ~Chunked(3, nobody))):
+            assert mask.dense(3, 4, offset=1).shape == (0, 1, 3, 4)
+            assert mask.tiles(3, 4, offset=nobody, block=2).states.shape == (0, 1, 2, 2)
+
+
+@pytest.mark.parametrize("mask", [Causal(), Causal() & Padding(VALID), Window(2, None) | Prefix(jnp.array([1, 2]))])
+def test_a_block_far_beyond_the_mask_is_one_tile_and_takes_no_memory(mask: Any) -> None:
+    tiles = mask.tiles(5, 5, block=2_000_000_000)
+    np.testing.assert_array_equal(tiles.states, mask.tiles(5, 5, block=5).states)
+    assert tiles.block == (2_000_000_000,) * 2
 
 
 @pytest.mark.breaks_annotations

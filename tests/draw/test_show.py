@@ -650,6 +650,12 @@ def test_command_verify_refuses(verification: Verification) -> None:
     assert verification.received["dtypes"] == ["float8"]
 
 
+def test_command_verify_refuses_a_report_that_cannot_be_written_before_it_works(tmp_path: Path) -> None:
+    status, out, err = run("verify", "--report", str(tmp_path / "missing" / "report.json"))
+    assert (status, out) == (2, "")
+    assert str(tmp_path / "missing" / "report.json") in err
+
+
 def test_command_verify_without_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     import torch_compat
 
