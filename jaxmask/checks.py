@@ -197,7 +197,7 @@ def array(name: str, value: Any, kinds: str, *ranks: int, hint: str = "") -> Any
         )
     if ranks and value.ndim not in ranks:
         expected = " or ".join(str(rank) for rank in ranks)
-        hint = f"; for a single example, give {name}[None]" if value.ndim == 1 and 2 in ranks else ""
+        hint = f"; for a single example, give {name}[None]" if value.ndim == 1 and ranks == (2,) else ""
         raise ValueError(f"{name} must have rank {expected}, got {describe(value)}{hint}")
     return value
 

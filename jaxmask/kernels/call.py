@@ -27,8 +27,8 @@ _DTYPES = (jnp.float16, jnp.bfloat16, jnp.float32, jnp.float64)
 
 # Arguments of other libraries, and what says the same here.
 known_elsewhere = checks.hints(
-    is_causal="the mask Causal()",
-    local_window_size="the mask Window(left, right)",
+    is_causal="the mask Causal() where it is true, and nothing where it is false",
+    local_window_size="the mask Window(left, right), which is Window(size, size) for one number",
     key_value_seq_lengths="the mask Prefix(lengths)",
     query_seq_lengths="nothing: the output at queries of padding has no meaning; Prefix(lengths) leaves their keys out",
     window_size="the mask Window(left, right), or SlidingWindow(size), which counts the query",
@@ -245,7 +245,7 @@ def _dropout(rate: float, rng: Any, is_shared: bool) -> Dropout | None:
 
 def _finite(name: str, value: Any) -> float:
     if checks.is_array(value) or isinstance(value, bool) or not isinstance(value, int | float | np.floating):
-        hint = "; multiply the query by an array instead" if name == "scale" and checks.is_array(value) else ""
+        hint = "; multiply the query by it, and give scale=1.0" if name == "scale" and checks.is_array(value) else ""
         raise TypeError(f"{name} must be a Python float, got {checks.describe(value)}{hint}")
     if not math.isfinite(value):
         raise ValueError(f"{name} must be finite, or every output is NaN, got {value}")

@@ -198,5 +198,5 @@ def _check_positional(name: str, mask: Any) -> None:
     if mask.shape[2] != 1:
         raise ValueError(
             f"mask of {name} must be one of positions, got {mask!r}, which has an element for each of {mask.shape[2]} "
-            "keys: combine that one with the result, by &"
+            "keys: leave the part that has them out, and join it to the result by &, where & joined it before"
         )

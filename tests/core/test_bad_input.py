@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from jax.experimental.pallas.ops.tpu.splash_attention import BlockSizes
 
 import jaxmask
 from jaxmask import (
@@ -27,6 +28,7 @@ from jaxmask import (
 )
 from jaxmask.bias import from_allowed
 from jaxmask.hf import modeling_attn_mask_utils as hf
+from jaxmask.kernels.splash import to_splash
 from jaxmask.parse import MaskSyntaxError, parse_mask
 from tests.helpers.bad import bad, refusal, refusals
 
@@ -1074,6 +1076,51 @@ TABLE = [
         r"\(2,\)",
         r"\(batch, query_length\)",
     ),
+    # Hints that once led elsewhere.
+    bad("padding-4d", lib.Padding, VALUE, r"\[batch, kv\]", r"Dense\(allowed\)$", argument=VALID[:, None, None]),
+    bad("dense-keys-alone", lib.Dense, VALUE, "rank 2 or 4", r"Padding\(allowed\[None\]\)", argument=VALID[0]),
+    bad("dense-3d", lib.Dense, VALUE, r"allowed\[:, None\] .*batch", r"allowed\[None\] .*heads", argument=VALID[None]),
+    bad("dense-alibi", lib.Dense, TYPE, "any other bias is no mask", argument=jnp.zeros((2, 5))),
+    bad("blocks-1d", lambda v: zoo.Blocks(v, 2), VALUE, r"rank 2 or 4, got bool\[5\]$", argument=VALID[0]),
+    bad("ids-of-starts", lib.Segments, TYPE, r"jnp\.cumsum\(is_start, axis=1\)", argument=VALID),
+    bad(
+        "scale-of-an-array",
+        lambda scale: lib.attention(*[EMBEDS[..., None, :]] * 3, scale=scale),
+        TYPE,
+        "multiply the query by it, and give scale=1.0",
+        argument=jnp.ones(()),
+    ),
+    bad(
+        "is-causal-false",
+        lambda: lib.attention(*[EMBEDS[..., None, :]] * 3, is_causal=False),
+        TYPE,
+        r"Causal\(\) where it is true, and nothing where it is false",
+    ),
+    bad(
+        "one-number-of-a-window",
+        lambda: lib.attention(*[EMBEDS[..., None, :]] * 3, local_window_size=1),
+        TYPE,
+        r"Window\(size, size\) for one number",
+    ),
+    bad(
+        "document-of-keys",
+        lambda valid: zoo.document(Causal() & Padding(valid), IDS),
+        VALUE,
+        "leave the part that has them out, and join it to the result by &",
+        argument=VALID,
+    ),
+    bad(
+        "splash-keys",
+        lambda: to_splash(CAUSAL, 128, 384, offset=0, block_sizes=BlockSizes(block_q=128, block_kv=256)),
+        VALUE,
+        "pad to 512, and mask the padded keys by & Prefix\\(384\\)",
+    ),
+    bad(
+        "splash-compute",
+        lambda: to_splash(CAUSAL, 512, 512, block_sizes=BlockSizes(block_q=128, block_kv=256, block_kv_compute=384)),
+        VALUE,
+        "block_kv must be a multiple of block_kv_compute of block_sizes, got 256 and 384$",
+    ),
     # Functions that are written for numbers, and not for arrays.
     *(
         bad(f"predicate-{name}", lambda fn=fn: Predicate(fn).dense(4, 4), TYPE, "function fn", *IS_TRACED)
@@ -1213,3 +1260,39 @@ def test_a_block_far_beyond_the_mask_is_one_tile_and_takes_no_memory(mask: Any) 
 def test_the_hint_of_an_additive_bias_is_for_masks_only() -> None:
     message = refusal(lambda: Causal().dense(2, 2, offset=jnp.zeros(())), TypeError)
     assert "additive bias" not in message
+
+
+# Hints, followed.
+
+
+def test_arrays_of_three_axes_become_the_masks_that_the_hint_says() -> None:
+    allowed = np.random.default_rng(0).random((3, 4, 4)) < 0.5
+    np.testing.assert_array_equal(Dense(allowed[:, None]).dense(4, 4), allowed[:, None])
+    np.testing.assert_array_equal(Dense(allowed[None]).dense(4, 4), allowed[None])
+    np.testing.assert_array_equal(Padding(allowed[0, :1]).dense(4, 4)[0, 0], np.tile(allowed[0, 0], (4, 1)))
+
+
+def test_starts_of_documents_become_ids() -> None:
+    starts = jnp.array([[1, 0, 1, 0], [1, 1, 0, 0]], bool)
+    same = np.array([[[0, 0, 1, 1]], [[0, 1, 1, 1]]])
+    np.testing.assert_array_equal(Segments(jnp.cumsum(starts, axis=1)).dense(4, 4)[:, 0], same.swapaxes(1, 2) == same)
+
+
+def test_a_query_that_is_multiplied_by_the_scale_is_scaled_once() -> None:
+    x = jnp.asarray(np.random.default_rng(1).standard_normal((1, 6, 2, 8)), jnp.float32)
+    scale = jnp.float32(0.3)
+    np.testing.assert_allclose(
+        lib.attention(x * scale, x, x, CAUSAL, scale=1.0), lib.attention(x, x, x, CAUSAL, scale=0.3), atol=1e-6
+    )
+
+
+def test_a_mask_of_rows_is_given_as_a_bias_where_examples_have_offsets() -> None:
+    random = np.random.default_rng(2)
+    query, key = (jnp.asarray(random.standard_normal((2, n, 1, 8)), jnp.float32) for n in (3, 6))
+    allowed, offset = jnp.asarray(random.random((2, 1, 3, 6)) < 0.6), jnp.array([1, 3])
+    attend = jaxmask.make_attention_fn(Causal(), offset=offset)
+    with pytest.raises(ValueError, match="give it as a bias of 0 and minus infinity, whose rows are the queries"):
+        attend(query, key, key, mask=allowed)
+    out = attend(query, key, key, bias=jnp.where(allowed, 0, -jnp.inf))
+    both = allowed & Causal().dense(3, 6, offset=offset)
+    np.testing.assert_allclose(out, lib.attention(query, key, key, Dense(both, offset=0), offset=0), atol=1e-6)
