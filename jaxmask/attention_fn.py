@@ -214,8 +214,8 @@ def _of_call(mask: Bool[Array, "batch heads q kv"], offset: Offset | None) -> Ma
         return Dense(mask)
     if np.ndim(offset):
         raise ValueError(
-            "mask has a row for each query, and cannot be aligned with an offset for each example; put it into the "
-            "description"
+            "mask has a row for each query, and cannot be aligned with an offset for each example; give it as a bias "
+            "of 0 and minus infinity, whose rows are the queries, or put a mask of positions into the description"
         )
     return Dense(mask, offset=offset)
 

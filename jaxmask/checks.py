@@ -26,6 +26,9 @@ _FLOAT32_MAX = float(np.finfo(np.float32).max)
 # The least number that is positive in float32, and that the XLA of a CPU does not take for 0.
 POSITIVE = float(np.finfo(np.float32).tiny)
 
+# What Python and NumPy say where a traced value is asked for its truth, as an index of a list, as a key.
+_OF_VALUES = ("truth value", "scalar arrays", "0-dimensional arrays", "unhashable type")
+
 # A length, or a symbolic dimension of ``jax.export`` standing for one.
 Length = Any
 
@@ -175,13 +178,13 @@ def traced_function(name: str) -> Generator[None]:
     """Say what a user's function did that no traced function can, where JAX says so."""
     try:
         yield
-    except (jax.errors.JAXTypeError, ValueError) as error:
-        # The truth of one traced value is one error, the truth of several is another.
-        if isinstance(error, ValueError) and "truth value" not in str(error):
+    except (TypeError, ValueError) as error:
+        # The truth of one traced value is an error of JAX, the truth of several is another.
+        if not isinstance(error, jax.errors.JAXTypeError) and not any(words in str(error) for words in _OF_VALUES):
             raise
         raise TypeError(
             f"the function {name} is traced, so that the values of its indices are not known: use jnp.where in place "
-            "of if, & and | in place of and and or, and jnp.asarray(table)[index] to read a NumPy table; it failed by "
+            "of if, & and | in place of and and or, and jnp.asarray(table)[index] to read a table; it failed by "
             f"{type(error).__name__}"
         ) from error
 
@@ -189,6 +192,17 @@ def traced_function(name: str) -> Generator[None]:
 def is_array(value: object) -> bool:
     """Whether ``value`` can be traced: a JAX or NumPy array, or the shape of one."""
     return isinstance(value, jax.Array | np.ndarray | jax.ShapeDtypeStruct)
+
+
+def contents(**arguments: Any) -> None:
+    """Refuse the shape of an array where its contents are needed."""
+    for name, value in arguments.items():
+        for leaf in jax.tree.leaves(value):
+            if isinstance(leaf, jax.ShapeDtypeStruct):
+                raise TypeError(
+                    f"{name} must hold arrays, got the shape of one, {describe(leaf)}: fill it with an array, or ask "
+                    "for the shape of the result by jax.eval_shape(function, mask)"
+                )
 
 
 def array(name: str, value: Any, kinds: str, *ranks: int, hint: str = "") -> Any:
@@ -203,10 +217,21 @@ def array(name: str, value: Any, kinds: str, *ranks: int, hint: str = "") -> Any
     if not any(jnp.issubdtype(value.dtype, families[kind][1]) for kind in kinds):
         expected = " or ".join(families[kind][0] for kind in kinds)
         raise TypeError(f"{name} must be {expected}, got {describe(value)}{hint}")
+    if jnp.issubdtype(value.dtype, jnp.floating) and jnp.finfo(value.dtype).bits < 16:
+        raise TypeError(
+            f"{name} must be float16, bfloat16, float32 or float64, got {describe(value)}; cast it by astype"
+        )
     if ranks and value.ndim not in ranks:
         expected = " or ".join(str(rank) for rank in ranks)
-        hint = f"; for a single example, give {name}[None]" if value.ndim == 1 and 2 in ranks else ""
+        hint = f"; for a single example, give {name}[None]" if value.ndim == 1 and ranks == (2,) else ""
         raise ValueError(f"{name} must have rank {expected}, got {describe(value)}{hint}")
+    return value
+
+
+def some(name: str, value: Any, what: str) -> Any:
+    """``value``, an array that is not without ``what``, which its last axis has."""
+    if value.shape[-1] == 0:
+        raise ValueError(f"{name} must have at least one {what}, got {describe(value)}")
     return value
 
 
@@ -231,8 +256,11 @@ def float_dtype(dtype: DTypeLike) -> np.dtype[Any]:
         raise TypeError(
             f"dtype must be floating, for only a float has a minimum that softmax takes to 0, got {resolved}"
         )
-    if float(jnp.finfo(resolved).min) >= 0:
-        raise TypeError(f"dtype must have zero and negative numbers, got {resolved}")
+    if jnp.finfo(resolved).bits < 16:
+        raise TypeError(
+            f"dtype must be float16, bfloat16, float32 or float64, got {resolved}: the minimum of so narrow a float "
+            "may be too near to 0 for softmax to ignore it"
+        )
     if resolved == jnp.float64 and not has_64_bits():
         raise ValueError(
             "dtype float64 is switched off in this process, and JAX would compute in float32 instead: "

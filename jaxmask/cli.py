@@ -18,6 +18,7 @@ except ImportError as error:
 from jax.errors import JaxRuntimeError
 
 from jaxmask import checks
+from jaxmask.draw import plot
 from jaxmask.draw import show as draw
 from jaxmask.parse import MaskSyntaxError, parse_mask
 
@@ -50,14 +51,14 @@ def show(
         int | None,
         typer.Option(help="Outline tiles of this many queries and keys, and say which are EMPTY, PARTIAL or FULL."),
     ] = None,
-    svg: Annotated[Path | None, typer.Option(help="Write the picture to this file, too.")] = None,
+    svg: Annotated[Path | None, typer.Option(help="Write a figure to this file, too, as plot draws it.")] = None,
 ) -> None:
     """Draw a mask with a row for each query and a column for each key, or by tiles where it is too large.
 
     A mask is one of full, empty, causal, sliding_window(size), window(left, right), chunked(size), prefix(length) and
     per_head(mask, mask, ...), or several of them combined by &, | and ~.
     """
-    console = Console(record=True, highlight=False)
+    console = Console(highlight=False)
     key = query if key is None else key
     aligned = offset is None and key != query
     offset = key - query if offset is None else offset
@@ -71,9 +72,8 @@ def show(
             console.print(f"offset {offset}: the last query is at the last key (bottom-right)")
         draw(description, query, key, offset=offset, block=block, console=console)
         if svg is not None:
-            # The frame fits the picture, whatever the width of the terminal.
-            console.width = max(map(len, console.export_text(clear=False).splitlines()))
-            console.save_svg(str(svg), title=repr(description))
+            figure = plot(description, query, key, offset=offset, block=block)
+            figure.savefig(svg, format="svg")
 
 
 @app.command()

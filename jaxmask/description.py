@@ -125,7 +125,7 @@ class Description:
         arguments = [(getattr(self, field.name), field.default) for field in self._fields()]
         while arguments and arguments[-1][0] is arguments[-1][1]:
             arguments.pop()
-        shown = (repr(value) if isinstance(value, Description) else checks.describe(value) for value, _ in arguments)
+        shown = (_shown(value) for value, _ in arguments)
         return f"{type(self).__name__}({', '.join(shown)})"
 
     def __init_subclass__(cls) -> None:
@@ -240,6 +240,12 @@ def _says_what_it_takes(init: Callable[..., None]) -> Callable[..., None]:
             raise
 
     return checked
+
+
+def _shown(value: object) -> str:
+    if isinstance(value, Description):
+        return repr(value)
+    return value.__name__ if inspect.isfunction(value) else checks.describe(value)
 
 
 def _is_static(value: object) -> bool:

@@ -108,6 +108,7 @@ class Mask(Description):
         >>> SlidingWindow(3).dense(1, 4, offset=5, key_positions=ring)
         Array([[[[ True,  True, False,  True]]]], dtype=bool)
         """
+        checks.contents(mask=self, offset=offset, query_positions=query_positions, key_positions=key_positions)
         mask, at = placed(self, query_length, key_length, offset, query_positions, key_positions)
         return reading.dense(mask, at, _sizes(batch, heads))
 
@@ -140,6 +141,7 @@ class Mask(Description):
         Array([[[[ 0.00e+00, -6.55e+04],
                  [-6.55e+04,  0.00e+00]]]], dtype=float16)
         """
+        checks.contents(mask=self, offset=offset, query_positions=query_positions, key_positions=key_positions)
         mask, at = placed(self, query_length, key_length, offset, query_positions, key_positions)
         return reading.bias(mask, at, checks.float_dtype(dtype), _sizes(batch, heads))
 
@@ -182,6 +184,7 @@ class Mask(Description):
          [0 1 2 1]]
         """
         block = checks.block(block)
+        checks.contents(mask=self, offset=offset, query_positions=query_positions, key_positions=key_positions)
         mask, at = placed(self, query_length, key_length, offset, query_positions, key_positions)
         return TileMap.of(reading.states(mask, at, block, _sizes(batch, heads)), mask, at, block)
 

@@ -35,7 +35,8 @@ def dense(mask: Description, at: Positions, sizes: Sizes) -> Bool[Array, "batch 
 
     def allows(b: Any, h: Any) -> tuple[Allowed]:
         q, kv = at.of_queries(b, iota(at.query_length, 2)), iota(at.key_length, 3)
-        return (mask.allows(b, h, q, kv),)
+        with checks.traced_function("allows"):
+            return (mask.allows(b, h, q, kv),)
 
     (allowed,), batch, heads = _read(mask, at, sizes, allows)
     return jnp.broadcast_to(allowed, (batch, heads, at.query_length, at.key_length))
@@ -55,7 +56,8 @@ def states(mask: Description, at: Positions, block: tuple[int, int], sizes: Size
 def _states(mask: Description, at: Positions, block: tuple[int, int], sizes: Sizes) -> Any:
     def bounds(b: Any, h: Any) -> Bounds:
         q = at.query_span(b, iota(at.query_length, 2), block[0])
-        return mask.tile_bounds(b, h, q, Span(iota(at.key_length, 3), 3, block[1]))
+        with checks.traced_function("tile_bounds"):
+            return mask.tile_bounds(b, h, q, Span(iota(at.key_length, 3), 3, block[1]))
 
     (some, every), batch, heads = _read(mask, at, sizes, bounds)
     return from_bounds(some, every, (batch, heads, -(-at.query_length // block[0]), -(-at.key_length // block[1])))

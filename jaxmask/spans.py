@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
 
+import jax
 import numpy as np
 from jaxtyping import Array, Int
 
@@ -67,10 +68,12 @@ class Span:
         # The last tile may be ragged. Its last value is repeated, which changes neither minimum nor maximum. `pad`
         # would do the same, but it slices every axis, a sharded one too.
         xp, values = library(values), unsharded(values, self.axis)
+        length, size = values.shape[self.axis], self.size
+        if not any(map(jax.export.is_symbolic_dim, (length, size))):
+            size = min(size, length)  # a tile may be far larger than all there is
         last = values[(slice(None),) * self.axis + (slice(-1, None),)]
-        missing = -values.shape[self.axis] % self.size
-        values = xp.concatenate((values, xp.repeat(last, missing, self.axis)), self.axis)
-        tiled = values.reshape(*values.shape[: self.axis], -1, self.size, *values.shape[self.axis + 1 :])
+        values = xp.concatenate((values, xp.repeat(last, -length % size, self.axis)), self.axis)
+        tiled = values.reshape(*values.shape[: self.axis], -1, size, *values.shape[self.axis + 1 :])
         return getattr(xp, name)(tiled, axis=self.axis + 1)
 
 

@@ -1,17 +1,19 @@
 """Masks drawn by matplotlib."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from functools import partial
 from io import BytesIO
 from pathlib import Path
-from textwrap import wrap
+from textwrap import shorten, wrap
 from typing import TYPE_CHECKING, Any
+from unicodedata import category, name
 
 import numpy as np
 from jaxtyping import Int
 
 from jaxmask import checks
-from jaxmask.draw.picture import STATES, Block, Cells, View
+from jaxmask.draw.picture import STATES, Block, Cells, Texts, View, escaped
 from jaxmask.mask import KeyPositions, Mask, Offset, QueryPositions
 from jaxmask.tiles import EMPTY, FULL
 
@@ -30,9 +32,6 @@ _GREY = "#555555"
 # Points from a line of text to the next.
 _LINE = 9
 
-# The text of each query or key, or None where its position is its label.
-Texts = list[str] | None
-
 
 def plot(
     mask: Mask,
@@ -50,6 +49,7 @@ def plot(
     """Draw a mask by matplotlib: a row for each query and a column for each key.
 
     A mask of more than 512 queries or keys is drawn by its tiles. Nothing of ``matplotlib.pyplot`` is used or changed.
+    The title is the mask as it is written in the vocabulary; one that a function of the library made has none.
 
     Args:
         mask: the mask to draw, in one panel for each example and head that it tells apart, 32 panels at most.
@@ -58,9 +58,10 @@ def plot(
         offset, query_positions, key_positions: as in :meth:`Mask.dense`.
         tokens: the text of each query, which labels it in place of its position. It labels the keys, too, where they
             are the same tokens: where there are as many of them, no positions are given and no ``key_tokens``.
-            Characters that no installed font has are written as escapes.
+            Characters that no installed font has are written as escapes, and the legend says what to install.
         key_tokens: the text of each key.
         block: number of queries and keys in a tile, or one number for both. These tiles are outlined by their states.
+            Where there are too many to be drawn, they are counted.
         ax: where to draw a mask of a single panel; a new figure where it is left out.
 
     Returns:
@@ -82,44 +83,32 @@ def plot(
     size = checks.block(1 if block is None else block)
     cells = view.fit(size, _MAX_PAIRS)
     tiles = view.tiles(size) if block is not None and cells.block == (1, 1) else None
-    queries, keys = view.lengths
-    if key_tokens is None and not view.given and queries == keys:
-        key_tokens = tokens
-    texts = _texts("tokens", tokens, queries, "queries"), _texts("key_tokens", key_tokens, keys, "keys")
-    panels = list(cells.panels(_MAX_PANELS))
+    asked = None if block is None else size
+    *texts, families, escapes = _drawable(*view.texts(tokens, key_tokens))
+    notes = [note for drawn in (cells, tiles) if drawn and drawn.block != (1, 1) for note in view.notes(asked, drawn)]
+    panels, left_out = view.panels(cells, _MAX_PANELS)
+    legend = _legend(cells, tiles, [*notes, *escapes, left_out])
     if ax is None:
-        figure, axes = _new_figure(view, cells, tiles, texts)
+        figure, axes = _new_figure(view, cells, len(panels), legend, texts)
     elif len(panels) == 1:
         figure, axes = ax.get_figure(root=True), [ax]
         assert figure is not None
         ax.set(xlabel="key", ylabel="query")
-        if cells.block != (1, 1) or tiles is not None:
-            ax.legend(**_legend(cells, tiles), loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=3)
+        if cells.block != (1, 1) or tiles is not None or escapes:
+            ax.legend(**legend, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=3)
     else:
         raise ValueError(f"ax is for one panel, but {mask!r} has {len(panels)}: leave it out for a figure of them")
     for (b, h, title), panel in zip(panels, axes, strict=True):
         _draw_panel(panel, view, cells, tiles, b, h)
-        _label(panel.yaxis, view.queries[b], texts[0], panel.bbox.height)
-        _label(panel.xaxis, view.keys[b], texts[1], panel.bbox.width)
+        _label(panel.yaxis, view.queries[b], texts[0], families, panel.bbox.height)
+        _label(panel.xaxis, view.keys[b], texts[1], families, panel.bbox.width)
         if title:
-            panel.set_title(title, fontsize=8)
+            panel.set_title(shorten(title, 36, placeholder=" ..."), fontsize=8)
     return figure
 
 
-def _texts(name: str, tokens: object, length: int, what: str) -> Texts:
-    if tokens is None:
-        return None
-    if not isinstance(tokens, list | tuple) or not all(isinstance(token, str) for token in tokens):
-        raise TypeError(
-            f"{name} must be a list of str, one for each of the {length} {what}, got {checks.describe(tokens)}"
-        )
-    if len(tokens) != length:
-        raise ValueError(f"{name} must have one str for each of the {length} {what}, got {len(tokens)}")
-    return list(tokens)
-
-
 def _new_figure(
-    view: View, cells: Cells, tiles: Cells | None, texts: tuple[Texts, Texts]
+    view: View, cells: Cells, count: int, legend: dict[str, Any], texts: Sequence[Texts]
 ) -> "tuple[Figure, list[Axes]]":
     """A figure with axes for each panel, of a size that suits them."""
     try:
@@ -127,9 +116,8 @@ def _new_figure(
     except ImportError as error:
         raise ImportError('plot needs matplotlib: pip install "jaxmask[plot]"') from error
 
-    batch, heads = cells.states.shape[:2]
-    count = min(batch * heads, _MAX_PANELS)
-    columns = heads if 1 < heads <= 8 else min(count, 4)
+    heads = cells.states.shape[1]
+    columns = min(count, heads if 1 < heads <= 8 else 4)
     rows = -(-count // columns)
     # In inches: the cells, which are not too small for the texts beside them; then their labels.
     longest = max(view.lengths)
@@ -139,14 +127,14 @@ def _new_figure(
     longest_labels = texts[0] or [str(view.queries[0, -1])], texts[1] or [""]
     left, below = (0.4 + 0.06 * min(max(map(len, labels)), 24) for labels in longest_labels)
     height, width = (side * length / longest for length in view.lengths)
-    legend = _legend(cells, tiles)
     width = max(columns * (left + max(width, 1.0)), 4.7)
-    title = wrap(repr(view.mask), int(14 * width), max_lines=3, placeholder=" ...")
+    title = wrap(view.title, int(14 * width), max_lines=3, placeholder=" ...")
     height = rows * (below + max(height, 0.4) + 0.2 * (count > 1))
     height += 0.5 + 0.15 * len(title) + 0.15 * len(legend["title"].splitlines())
 
     figure = Figure((width, height), layout="constrained", dpi=110)
-    figure.suptitle("\n".join(title), family="monospace", fontsize=8, parse_math=False)
+    if title:
+        figure.suptitle("\n".join(title), family="monospace", fontsize=8, parse_math=False)
     figure.legend(**legend, loc="outside lower center", ncols=5)
     axes = [figure.add_subplot(rows, columns, panel + 1) for panel in range(count)]
     same_labels = all((positions == positions[0]).all() for positions in (view.queries, view.keys))
@@ -210,7 +198,7 @@ def _corners(
     return [(left, top), (right, top), (right, bottom), (left, bottom)]
 
 
-def _label(axis: Any, positions: Int[np.ndarray, "length"], texts: Texts, pixels: float) -> None:
+def _label(axis: Any, positions: Int[np.ndarray, "length"], texts: Texts, families: list[str], pixels: float) -> None:
     """Label as many of the queries or keys along an axis as have room."""
     from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator
 
@@ -218,7 +206,6 @@ def _label(axis: Any, positions: Int[np.ndarray, "length"], texts: Texts, pixels
         axis.set_major_locator(MaxNLocator("auto", integer=True, min_n_ticks=1, steps=[1, 2, 4, 5, 10]))
         axis.set_major_formatter(FuncFormatter(partial(_position, positions)))
         return
-    texts, families = _drawable(texts)
     room = int(pixels * 72 / axis.get_figure(root=True).dpi / _LINE)
     ticks = range(0, len(texts), -(-len(texts) // max(1, room)))
     axis.set_major_locator(FixedLocator(ticks))
@@ -230,28 +217,67 @@ def _position(positions: Int[np.ndarray, "length"], index: float, _: object) -> 
     return str(positions[int(index)]) if index in range(len(positions)) else ""
 
 
-def _drawable(texts: list[str]) -> tuple[list[str], list[str]]:
-    """Short texts, with escapes for the characters that no font has, and the families of fonts that have the others."""
-    from matplotlib.font_manager import FontProperties, findfont, fontManager, get_font
+def _drawable(texts: Texts, others: Texts) -> tuple[Texts, Texts, list[str], list[str]]:
+    """Short texts, the families of fonts that have their characters, and a note on those that none has.
 
-    usual = FontProperties()
-    families = list(usual.get_family())
-    characters = set("".join(texts))
+    These are escapes in the texts, as are those that are not printed.
+    """
+    from matplotlib.font_manager import FontProperties, get_font
+
+    characters = {character for text in (texts or []) + (others or []) for character in text}
+    families = list(FontProperties().get_family())
     missing = {character for character in characters if character.isprintable()}
-    for family, path in [("", findfont(usual)), *sorted((font.name, font.fname) for font in fontManager.ttflist)]:
-        # A font of last resort draws a box for every character; a font that is gone may still be listed.
-        if missing and "Resort" not in family and Path(path).is_file():
-            font = get_font(path)
-            drawable = {character for character in missing if font.get_char_index(ord(character))}
+    fonts = _fonts()
+    # A font that is gone may still be listed.
+    while missing and (font := next(fonts, None)):
+        family, path = font
+        if Path(path).is_file():
+            drawable = {character for character in missing if get_font(path).get_char_index(ord(character))}
             missing -= drawable
             families += [family] if drawable and family else []
-    escapes = {ord(c): c.encode("unicode_escape").decode() for c in characters if c in missing or not c.isprintable()}
-    texts = [text.translate(escapes) for text in texts]
-    return [text if len(text) <= 24 else f"{text[:21]}..." for text in texts], families
+    escapes = [character for character in characters if character in missing or not character.isprintable()]
+
+    def short(texts: Texts) -> Texts:
+        texts = None if texts is None else [escaped(text, escapes) for text in texts]
+        return texts and [text if len(text) <= 24 else f"{text[:21]}..." for text in texts]
+
+    return short(texts), short(others), families, _what_to_install(missing)
 
 
-def _legend(cells: Cells, tiles: Cells | None) -> dict[str, Any]:
-    """The arguments of a legend: what the colours and the outlines mean."""
+def _fonts() -> Iterator[tuple[str, str]]:
+    """The families and files of all fonts, the usual one first, and last those that matplotlib does not know yet."""
+    from matplotlib.font_manager import FontProperties, findfont, findSystemFonts, fontManager
+
+    yield "", findfont(FontProperties())
+    known = {font.fname for font in fontManager.ttflist}
+    # A font of last resort draws a box for every character.
+    yield from sorted((font.name, font.fname) for font in fontManager.ttflist if "Resort" not in font.name)
+    # It lists fonts once, and keeps the list: those that were installed since then are missing.
+    for path in sorted({*findSystemFonts()} - known):
+        with suppress(
+            Exception
+        ):  # as where it makes the list: any file may be damaged, or of a kind that it cannot draw
+            fontManager.addfont(path)
+            yield fontManager.ttflist[-1].name, path
+
+
+def _what_to_install(missing: set[str]) -> list[str]:
+    """A note on characters that no font has, or nothing."""
+    fonts = {
+        "Noto Emoji"
+        if category(character) == "So"
+        else "Noto Sans CJK"
+        if name(character, "").startswith(("CJK", "HIRAGANA", "KATAKANA", "HANGUL"))
+        else "a font of their script"
+        for character in missing
+    }
+    shown = [escaped(character, character) for character in sorted(missing)]
+    lacking = ", ".join(shown[:6]) + ", ..." * (len(shown) > 6)
+    return [f"no font has {lacking}: install {' and '.join(sorted(fonts))}"] if fonts else []
+
+
+def _legend(cells: Cells, tiles: Cells | None, notes: list[str]) -> dict[str, Any]:
+    """The arguments of a legend: what the colours and the outlines mean, and notes."""
     from matplotlib.patches import Patch
 
     names = {EMPTY: "may not attend", FULL: "may attend"} if cells.block == (1, 1) else STATES
@@ -261,7 +287,7 @@ def _legend(cells: Cells, tiles: Cells | None) -> dict[str, Any]:
             Patch(fill=False, edgecolor=_OUTLINES[state], linestyle=_STROKES[state], linewidth=1.4, label=name)
             for state, name in reversed(STATES.items())
         ]
-    notes = [drawn.summary() for drawn in (cells, tiles) if drawn is not None and drawn.block != (1, 1)]
-    title = "\n".join(filter(None, [*notes, cells.left_out(_MAX_PANELS)]))
+    summaries = [drawn.summary() for drawn in (cells, tiles) if drawn is not None and drawn.block != (1, 1)]
+    lines = [line for note in (*summaries, *notes) for line in wrap(note, 80)]
     sizes = {"fontsize": 8, "title_fontsize": 8, "handlelength": 1.0, "handleheight": 1.0}
-    return {"handles": handles, "title": title, "frameon": False, **sizes}
+    return {"handles": handles, "title": "\n".join(lines), "frameon": False, **sizes}

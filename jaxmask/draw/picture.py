@@ -4,7 +4,8 @@ A large mask is drawn by its tiles, so that it is never written out to be drawn 
 """
 
 import itertools
-from collections.abc import Iterator
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,11 +15,18 @@ from jaxtyping import Int, Int8
 
 from jaxmask import checks
 from jaxmask.mask import Mask, refuse_no_mask
+from jaxmask.masks import PerHead, Predicate
 from jaxmask.tiles import EMPTY, FULL, PARTIAL, TileMap
 
 Block = tuple[int, int]
 
 STATES = {EMPTY: "EMPTY", PARTIAL: "PARTIAL", FULL: "FULL"}
+
+# The text of each query or key, or None where its position is its label.
+Texts = list[str] | None
+
+# At most so many tiles are counted that are not drawn.
+_MAX_COUNTED = 2**22
 
 
 @dataclass(frozen=True)
@@ -27,18 +35,6 @@ class Cells:
 
     states: Int8[np.ndarray, "batch heads rows columns"]
     block: Block
-
-    def panels(self, most: int) -> Iterator[tuple[int, int, str]]:
-        """The example, the head and the title of each panel; ``most`` of them at most."""
-        batch, heads = self.states.shape[:2]
-        for b, h in itertools.islice(np.ndindex(batch, heads), most):
-            named = (f"batch {b}", batch), (f"head {h}", heads)
-            yield b, h, ", ".join(name for name, size in named if size > 1)
-
-    def left_out(self, most: int) -> str:
-        """A note that there are more panels, or nothing."""
-        batch, heads = self.states.shape[:2]
-        return f"the first {most} of {batch * heads:,} panels" if most < batch * heads else ""
 
     def summary(self) -> str:
         """The size of the tiles, and how many of them are EMPTY."""
@@ -75,6 +71,60 @@ class View:
         labels = (np.broadcast_to(positions, (states.shape[0], positions.shape[-1])) for positions in (queries, keys))
         return cls(mask, lengths, given, *labels)
 
+    @property
+    def title(self) -> str:
+        """The mask as a person writes it; nothing where functions of the library made it of parts of their own."""
+        made = ("jaxmask.zoo.", "jaxmask.hf.")
+        kinds = {type(part) for part in self.mask.parts()}
+        is_written = not any(kind.__module__.startswith(made) or kind.__name__.startswith("_") for kind in kinds)
+        return repr(self.mask) if is_written else ""
+
+    def texts(self, tokens: Sequence[str] | None, key_tokens: Sequence[str] | None) -> tuple[Texts, Texts]:
+        """The texts of queries and keys, checked, in characters that can be printed."""
+        queries, keys = self.lengths
+        if key_tokens is None and not self.given and queries == keys:
+            key_tokens = tokens
+        return _texts("tokens", tokens, queries, "queries"), _texts("key_tokens", key_tokens, keys, "keys")
+
+    def panels(self, cells: Cells, most: int) -> tuple[list[tuple[int, int, str]], str]:
+        """The example, the head and the title of each panel, ``most`` of them at most; a note on those left out.
+
+        There is one for each example and head or, where these are too many, for the heads of ``PerHead`` that agree.
+        """
+        batch, heads = cells.states.shape[:2]
+        per_head = [part.masks for part in self.mask.parts() if isinstance(part, PerHead) and len(part.masks) == heads]
+        panels: list[tuple[int, int, str]] = []
+        for b in range(batch):
+            alike: dict[object, list[int]] = {}
+            for h in range(heads):
+                masks = tuple(masks[h] for masks in per_head)
+                is_own = batch * heads <= most or not masks
+                alike.setdefault(h if is_own else (masks, cells.states[b, h].tobytes()), []).append(h)
+            for own in alike.values():
+                named = (f"batch {b}", batch), (f"head{'s' * (len(own) > 1)} {_ranges(own)}", heads)
+                panels.append((b, own[0], ", ".join(name for name, size in named if size > 1)))
+        return panels[:most], f"the first {most} of {len(panels):,} panels" if most < len(panels) else ""
+
+    def notes(self, asked: Block | None, drawn: Cells) -> list[str]:
+        """What tiles that are drawn do not say: that others were asked for, or that nothing is known of them."""
+        notes: list[str] = []
+        if asked not in (None, drawn.block):
+            batch, heads = drawn.states.shape[:2]
+            queries, keys = (-(-length // size) for length, size in zip(self.lengths, asked, strict=True))
+            if (count := math.prod((batch, heads, queries, keys))) <= _MAX_COUNTED:
+                notes.append(f"asked for were {self.tiles(asked).summary()}")
+            else:
+                notes.append(
+                    f"asked for were tiles of {asked[0]:,} queries by {asked[1]:,} keys; {count:,} are too many"
+                )
+        if PARTIAL in drawn.states:
+            kinds = {type(part) for part in self.mask.parts() if _says_nothing_of_tiles(part)}
+            notes += [
+                f"{name} has no bounds, and says nothing of tiles: a PARTIAL one may be EMPTY or FULL"
+                for name in sorted(kind.__name__ for kind in kinds)
+            ]
+        return notes
+
     @classmethod
     def of_tiles(cls, tiles: TileMap) -> "View":
         """The view that tiles have of their mask."""
@@ -107,3 +157,33 @@ def refuse_traced(**arguments: Any) -> None:
     for name, value in arguments.items():
         if any(map(checks.is_traced, jax.tree.leaves(value))):
             raise TypeError(f"{name} is being traced, and has no contents to draw yet: draw it outside of jit")
+
+
+def _texts(name: str, tokens: object, length: int, what: str) -> Texts:
+    if tokens is None:
+        return None
+    if not isinstance(tokens, list | tuple) or not all(isinstance(token, str) for token in tokens):
+        raise TypeError(
+            f"{name} must be a list of str, one for each of the {length} {what}, got {checks.describe(tokens)}"
+        )
+    if len(tokens) != length:
+        raise ValueError(f"{name} must have one str for each of the {length} {what}, got {len(tokens)}")
+    # The joiner of emoji is not printed, but what it joins is.
+    return [escaped(token, (c for c in token if not c.isprintable() and c != "\u200d")) for token in tokens]
+
+
+def escaped(text: str, characters: Iterable[str]) -> str:
+    """The text, with an escape for each of these characters."""
+    return text.translate({ord(c): c.encode("unicode_escape").decode() for c in characters})
+
+
+def _says_nothing_of_tiles(part: object) -> bool:
+    if isinstance(part, Predicate):
+        return part.bounds is None
+    return isinstance(part, Mask) and type(part).tile_bounds is Mask.tile_bounds
+
+
+def _ranges(numbers: Iterable[int]) -> str:
+    """Sorted numbers in a few words: ``0-3, 7``."""
+    runs = [[n for _, n in run] for _, run in itertools.groupby(enumerate(numbers), lambda at: at[1] - at[0])]
+    return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)

@@ -1,13 +1,13 @@
 """Masks and tiles in the terminal, by rich."""
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from jaxmask import checks
-from jaxmask.draw.picture import STATES, Block, Cells, View
+from jaxmask.draw.picture import STATES, Block, Cells, Texts, View, escaped
 from jaxmask.mask import KeyPositions, Mask, Offset, QueryPositions
 from jaxmask.tiles import EMPTY, FULL, TileMap
 
@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 # At most so many queries are drawn pair by pair, as many keys as the console has room for, and at most so many panels.
 _MAX_QUERIES, _MAX_PANELS = 128, 32
+# A label has at most so many columns, or rows.
+_MAX_LABEL = 16
 
 # A text and its style.
 Fragment = tuple[str, str]
@@ -35,26 +37,34 @@ def show(
     offset: Offset | None = None,
     query_positions: QueryPositions | None = None,
     key_positions: KeyPositions | None = None,
+    tokens: Sequence[str] | None = None,
+    key_tokens: Sequence[str] | None = None,
     block: int | Block | None = None,
     console: "Console | None" = None,
 ) -> None:
     """Print a mask in the terminal: a row for each query and a column for each key, labelled by their positions.
 
-    A mask that does not fit is drawn by its tiles, a character for each. They are as small as the console allows.
+    A mask that does not fit is drawn by its tiles, a character for each. They are as small as the console allows, and
+    labelled by positions.
 
     Args:
         mask: the mask to draw, in one panel for each example and head that it tells apart, 32 panels at most.
         query_length: static.
         key_length: static; ``query_length`` where it is left out.
         offset, query_positions, key_positions: as in :meth:`Mask.dense`.
+        tokens: the text of each query, which labels it in place of its position; Chinese and emoji, too. It labels the
+            keys, too, where they are the same tokens: where there are as many of them, no positions are given and no
+            ``key_tokens``.
+        key_tokens: the text of each key.
         block: number of queries and keys in a tile, or one number for both. These tiles are outlined, and each outline
-            says whether its tile is EMPTY, PARTIAL or FULL.
+            says whether its tile is EMPTY, PARTIAL or FULL. Where there are too many to be drawn, they are counted.
         console: the rich console to print to.
 
     Raises:
         ImportError: rich is not installed.
-        TypeError: the mask is traced, as it is inside a ``jit``.
-        ValueError: the console has no room beside the labels, or :meth:`Mask.tiles` raises.
+        TypeError: the mask is traced, as it is inside a ``jit``; tokens are not a list of str.
+        ValueError: the console has no room beside the labels; the number of tokens is not that of queries or keys; or
+            :meth:`Mask.tiles` raises.
 
     >>> from rich.console import Console
     >>> from jaxmask import Causal
@@ -69,15 +79,23 @@ def show(
     positions = {"offset": offset, "query_positions": query_positions, "key_positions": key_positions}
     view = View.of(mask, query_length, key_length, **positions)
     size = checks.block(1 if block is None else block)
-    margin = _margin(console, view)
+    asked = None if block is None else size
+    rows, columns = (_shortened(texts, console) for texts in view.texts(tokens, key_tokens))
+    upright = None if columns is None else [_graphemes(text) for text in columns]
+    margin = _margin(console, view, rows)
     room = console.width - margin
     # A bar before each outlined tile and one after the last.
     bars = 0 if block is None else -(-view.lengths[1] // size[1]) + 1
-    if view.lengths[0] <= _MAX_QUERIES and view.lengths[1] + bars <= room:
-        _print_pairs(console, margin, view, None if block is None else view.tiles(size))
+    width = max((_cells(grapheme) for text in upright or [] for grapheme in text), default=1)
+    if view.lengths[0] <= _MAX_QUERIES and width * (view.lengths[1] + bars) <= room:
+        tiles = None if block is None else view.tiles(size)
+        _print_pairs(console, margin, view, tiles, rows, upright)
     else:
+        margin = _margin(console, view, None)
+        room = console.width - margin
         # A character is about twice as high as it is wide.
-        _print_tiles(console, margin, view, view.tiles(size, (max(1, room // 2), room)))
+        cells = view.tiles(size, (max(1, room // 2), room))
+        _print_tiles(console, margin, view, cells, asked)
 
 
 def show_tiles(tiles: TileMap, console: "Console | None" = None) -> None:
@@ -92,13 +110,13 @@ def show_tiles(tiles: TileMap, console: "Console | None" = None) -> None:
     """
     console = _console(console)
     view = View.of_tiles(tiles)
-    margin = _margin(console, view)
+    margin = _margin(console, view, None)
     room = console.width - margin
     *_, rows, columns = tiles.states.shape
     cells = Cells(np.asarray(tiles.states), tiles.block)
     if rows > _MAX_QUERIES or columns > room:
         cells = view.tiles(tiles.block, (max(1, room // 2), room))
-    _print_tiles(console, margin, view, cells)
+    _print_tiles(console, margin, view, cells, tiles.block)
 
 
 def _console(console: "Console | None") -> "Console":
@@ -109,16 +127,48 @@ def _console(console: "Console | None") -> "Console":
     return Console() if console is None else console
 
 
-def _margin(console: "Console", view: View) -> int:
-    """Columns for the positions of queries and a gap."""
-    margin = max(len(str(position)) for position in (view.queries.min(), view.queries.max())) + 2
+def _margin(console: "Console", view: View, texts: Texts) -> int:
+    """Columns for the labels of queries and a gap."""
+    labels = [str(position) for position in (view.queries.min(), view.queries.max())] if texts is None else texts
+    margin = max(map(_cells, labels)) + 2
     if console.width <= margin:
-        raise ValueError(f"a console of {console.width} columns has no room for keys beside the positions of queries")
+        what = "positions" if texts is None else "tokens"
+        raise ValueError(f"a console of {console.width} columns has no room for keys beside the {what} of queries")
     return margin
 
 
-def _print_pairs(console: "Console", margin: int, view: View, tiles: Cells | None) -> None:
-    """Print a character for each pair, in outlines of ``tiles``."""
+def _shortened(texts: Texts, console: "Console") -> Texts:
+    """Texts that are short enough for labels, in characters that the console has."""
+    from rich.cells import set_cell_size
+
+    if texts is None:
+        return None
+    if console.options.ascii_only:
+        texts = [escaped(text, itertools.filterfalse(str.isascii, text)) for text in texts]
+    return [text if _cells(text) <= _MAX_LABEL else f"{set_cell_size(text, _MAX_LABEL - 3)}..." for text in texts]
+
+
+def _cells(text: str) -> int:
+    """The columns that a text takes: two for a Chinese character or an emoji, none for an accent."""
+    from rich.cells import cell_len
+
+    return cell_len(text)
+
+
+def _graphemes(text: str) -> list[str]:
+    """What a reader takes for single characters."""
+    from rich.cells import split_graphemes
+
+    spans, _ = split_graphemes(text)
+    return [text[start:end] for start, end, _ in spans]
+
+
+def _print_pairs(
+    console: "Console", margin: int, view: View, tiles: Cells | None, rows: Texts, upright: list[list[str]] | None
+) -> None:
+    """Print a character for each pair, in outlines of ``tiles``, under ``upright`` labels: the graphemes of each."""
+    from rich.cells import set_cell_size
+
     cells, states = view.pairs(), _glyphs(console)
     no, yes = states[EMPTY], ("#" if console.options.ascii_only else "■", _STYLES[FULL])
     top, middle, bottom, dash, bar = ("+++", "+++", "+++", "-", "|") if console.options.ascii_only else _BOX
@@ -129,11 +179,12 @@ def _print_pairs(console: "Console", margin: int, view: View, tiles: Cells | Non
     gap = " " if spaced <= console.width - margin else ""
 
     def row(label: str, glyphs: Iterable[Fragment], bar: str) -> Line:
-        line = [(f"{label:>{margin - 2}}  ", _DIM)]
+        line = [(" " * (margin - 2 - _cells(label)) + f"{label}  ", _DIM)]
         for j, (glyph, style) in enumerate(glyphs):
             if tiles is not None and j in starts:
                 line.append((bar + gap, _DIM))
-            line.append((glyph + gap, style))
+            # A wide character takes the place of the gap.
+            line.append((set_cell_size(glyph + gap, 1 + len(gap)), style))
         return line if tiles is None else [*line, (bar, _DIM)]
 
     def rule(corners: str, marks: Iterable[Fragment]) -> Line:
@@ -145,24 +196,27 @@ def _print_pairs(console: "Console", margin: int, view: View, tiles: Cells | Non
         return [*line, (right, _DIM)]
 
     def panel(b: int, h: int) -> Iterator[Line]:
-        # Positions of keys stand upright, a digit to a row.
-        labels = [str(key) for key in view.keys[b]]
+        # Labels of keys stand upright, a digit or a character to a row.
+        labels = [list(str(key)) for key in view.keys[b]] if upright is None else upright
         longest = max(map(len, labels))
-        for digits in zip(*(label.rjust(longest) for label in labels), strict=True):
-            yield row("", ((digit, _DIM) for digit in digits), " ")
+        for level in zip(*([""] * (longest - len(label)) + label for label in labels), strict=True):
+            yield row("", ((character, _DIM) for character in level), " ")
         for i, query in enumerate(view.queries[b]):
             if tiles is not None and i % height == 0:
                 yield rule(middle if i else top, (states[state] for state in tiles.states[b, h, i // height]))
-            yield row(str(query), (yes if state else no for state in cells.states[b, h, i]), bar)
+            yield row(
+                str(query) if rows is None else rows[i], (yes if state else no for state in cells.states[b, h, i]), bar
+            )
         if tiles is not None:
             yield rule(bottom, [(dash, _DIM)] * len(starts))
 
     allowed = f" may not: {np.count_nonzero(cells.states):,} of {cells.states.size:,} pairs may attend"
     legend = [[yes, (" may attend, ", ""), no, (allowed, "")]]
-    _print(console, cells, panel, legend if tiles is None else [*legend, *_legend(states, tiles)])
+    legend += [] if tiles is None else _legend(states, tiles, view.notes(tiles.block, tiles))
+    _print(console, view, cells, panel, legend)
 
 
-def _print_tiles(console: "Console", margin: int, view: View, tiles: Cells) -> None:
+def _print_tiles(console: "Console", margin: int, view: View, tiles: Cells, asked: Block | None) -> None:
     """Print a character for each tile or, where there is room, two of them, which make a square."""
     states, room = _glyphs(console), console.width - margin
     width = 2 if 2 * tiles.states.shape[3] <= room else 1
@@ -175,7 +229,7 @@ def _print_tiles(console: "Console", margin: int, view: View, tiles: Cells) -> N
         for query, row in zip(queries, tiles.states[b, h], strict=True):
             yield [(f"{query:>{margin - 2}}  ", _DIM), *(glyphs[state] for state in row)]
 
-    _print(console, tiles, panel, _legend(states, tiles))
+    _print(console, view, tiles, panel, _legend(states, tiles, view.notes(asked, tiles)))
 
 
 def _glyphs(console: "Console") -> list[Fragment]:
@@ -195,20 +249,23 @@ def _ruler(labels: list[str], width: int, room: int) -> str:
     return ruler
 
 
-def _legend(states: list[Fragment], tiles: Cells) -> list[Line]:
+def _legend(states: list[Fragment], tiles: Cells, notes: list[str]) -> list[Line]:
     names = zip(states, STATES.values(), strict=True)
-    return [[(f"{glyph} {name}  ", style) for (glyph, style), name in names], [(tiles.summary(), "")]]
+    texts = [tiles.summary(), *notes]
+    return [[(f"{glyph} {name}  ", style) for (glyph, style), name in names], *([(text, "")] for text in texts)]
 
 
-def _print(console: "Console", cells: Cells, panel: Callable[[int, int], Iterable[Line]], legend: list[Line]) -> None:
+def _print(
+    console: "Console", view: View, cells: Cells, panel: Callable[[int, int], Iterable[Line]], legend: list[Line]
+) -> None:
     from rich.text import Text
 
     lines: list[Line] = []
-    for b, h, title in cells.panels(_MAX_PANELS):
+    panels, left_out = view.panels(cells, _MAX_PANELS)
+    for b, h, title in panels:
         lines += [[(title, "bold")]] if title else []
         lines += panel(b, h)
     lines += [*legend, [("rows are positions of queries, columns of keys", _DIM)]]
-    left_out = cells.left_out(_MAX_PANELS)
     lines += [[(left_out, _DIM)]] if left_out else []
     for line in lines:
         text = Text()

@@ -27,8 +27,8 @@ _DTYPES = (jnp.float16, jnp.bfloat16, jnp.float32, jnp.float64)
 
 # Arguments of other libraries, and what says the same here.
 known_elsewhere = checks.hints(
-    is_causal="the mask Causal()",
-    local_window_size="the mask Window(left, right)",
+    is_causal="the mask Causal() where it is true, and nothing where it is false",
+    local_window_size="the mask Window(left, right), which is Window(size, size) for one number",
     key_value_seq_lengths="the mask Prefix(lengths)",
     query_seq_lengths="nothing: the output at queries of padding has no meaning; Prefix(lengths) leaves their keys out",
     window_size="the mask Window(left, right), or SlidingWindow(size), which counts the query",
@@ -260,5 +260,5 @@ def _dropout(rate: float, rng: Any, is_shared: bool) -> Dropout | None:
 
 
 def _finite(name: str, value: Any) -> float:
-    hint = "; multiply the query by an array instead" if name == "scale" and checks.is_array(value) else ""
+    hint = "; multiply the query by it, and give scale=1.0" if name == "scale" and checks.is_array(value) else ""
     return checks.real(name, value, hint=hint)

@@ -57,7 +57,8 @@ def tokamax_lacks(call: Call) -> list[str]:
         ),
     }
     lacks = _that_hold(limits) + _not_native(call)
-    return lacks or _refusal(_with_gradients(tokamax), call, NotImplementedError, ExceptionGroup)
+    # Inside a shard_map, and in float64, its own rules of differentiation fail on types.
+    return lacks or _refusal(_with_gradients(tokamax), call, NotImplementedError, ExceptionGroup, TypeError, ValueError)
 
 
 @jax.jit

@@ -38,12 +38,11 @@ class Padding(Mask):
     reads_queries, keys_by_index, shape_is_complete = False, True, True
 
     def __post_init__(self) -> None:
-        hint = "; make it bool by `valid != 0` from a 0/1 mask, or by `valid == 0` from an additive bias"
-        if checks.array("valid", self.valid, "bi", hint=hint).ndim != 2:
-            raise ValueError(
-                f"valid must be [batch, kv], got {checks.describe(self.valid)}; for a single example, give "
-                "valid[None]; where these are numbers of keys, the mask is Prefix(lengths)"
-            )
+        if checks.array("valid", self.valid, "bi", hint=_to_bool("valid")).ndim != 2:
+            hint = "where it tells queries or heads apart, the mask is Dense(allowed)"
+            if self.valid.ndim < 2:
+                hint = "for a single example, give valid[None]; where these are numbers of keys, it is Prefix(lengths)"
+            raise ValueError(f"valid must be [batch, kv], got {checks.describe(self.valid)}; {hint}")
         if isinstance(self.valid, np.ndarray):
             # Before JAX, without 64-bit mode, cuts an int64 in half.
             self._set(valid=as_bools("valid", self.valid))
@@ -96,7 +95,7 @@ class Segments(Mask):
     shape_is_complete = True
 
     def __post_init__(self) -> None:
-        hint = "; ids of segments are integers, such as jnp.cumsum of the starts of documents"
+        hint = "; ids of segments are integers, such as jnp.cumsum(is_start, axis=1) of where documents start"
         for name in ("query_ids", "key_ids"):
             if name == "query_ids" or self.key_ids is not None:
                 ids = checks.array(name, getattr(self, name), "i", 2, hint=hint)
@@ -115,7 +114,7 @@ class Segments(Mask):
             )
         if self.consecutive and isinstance(self._keys, np.ndarray):
             for row, ids in enumerate(self._keys):
-                if len(np.unique(ids)) <= np.count_nonzero(np.diff(ids)):
+                if len(ids) and len(np.unique(ids)) <= np.count_nonzero(np.diff(ids)):
                     raise ValueError(f"consecutive is True, but row {row} of the ids returns to an id: {ids!r}")
 
     @property
@@ -210,8 +209,14 @@ class Dense(Mask):
     keys_by_index, shape_is_complete = True, True
 
     def __post_init__(self) -> None:
-        hint = "; make it bool by `allowed != 0` from a 0/1 mask, or by `allowed == 0` from an additive bias"
-        checks.array("allowed", self.allowed, "b", 2, 4, hint=hint)
+        if checks.array("allowed", self.allowed, "b", hint=_to_bool("allowed")).ndim not in (2, 4):
+            hints = {
+                1: "; where it says which keys are valid, the mask is Padding(allowed[None])",
+                3: "; give allowed[:, None] where the first axis is batch, or allowed[None] where it is heads",
+            }
+            raise ValueError(
+                f"allowed must have rank 2 or 4, got {checks.describe(self.allowed)}{hints.get(self.allowed.ndim, '')}"
+            )
         self._set(offset=checks.scalar("offset", self.offset, -LIMIT, LIMIT))
 
     @property
@@ -259,6 +264,14 @@ def as_bools(name: str, array: Any) -> Any:
             "make it bool by `ids != pad` from token ids, or by `bias == 0` from an additive bias"
         )
     return array != 0
+
+
+def _to_bool(name: str) -> str:
+    """How an array of another dtype becomes a bool mask."""
+    return (
+        f"; make it bool by `{name} != 0` from a 0/1 mask, or by `{name} == 0` from an additive bias that is 0 where "
+        "it allows; any other bias is no mask, and the argument bias of attention"
+    )
 
 
 def refuse_other_keys(mask: Mask, name: str, array: Any, extent: Extent) -> None:

@@ -71,14 +71,17 @@ class Predicate(Mask):
     def allows(self, b: Index, h: Index, q: Index, kv: Index) -> Allowed:
         b, h = self._known(b, h)
         with checks.traced_function("fn"):
-            allowed = jnp.asarray(self.fn(*map(jnp.asarray, (b, h, q, kv))))
+            allowed = self.fn(*map(jnp.asarray, (b, h, q, kv)))
+        if isinstance(allowed, bool | np.bool_ | np.ndarray):
+            allowed = jnp.asarray(allowed)
         return self._checked("fn", self.fn, allowed, jnp.broadcast_shapes(*map(jnp.shape, (b, h, q, kv))))
 
     def tile_bounds(self, b: Index, h: Index, q: Span, kv: Span) -> Bounds:
         if self.bounds is None:
             return True, False
         b, h = self._known(b, h)
-        bounds = self.bounds(b, h, q, kv)
+        with checks.traced_function("bounds"):
+            bounds = self.bounds(b, h, q, kv)
         if not isinstance(bounds, tuple) or len(bounds) != 2:
             raise TypeError(
                 f"bounds of Predicate must return a pair (some, every), got {checks.describe(bounds)} from "

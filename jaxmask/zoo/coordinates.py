@@ -106,7 +106,7 @@ class Reordered(Mask):
     def __post_init__(self) -> None:
         _check_positional("Reordered", self.mask)
         # As int32, because differences of narrower positions could overflow.
-        positions = checks.array("positions", self.positions, "i", 2)
+        positions = checks.some("positions", checks.array("positions", self.positions, "i", 2), "position")
         self._set(positions=checks.int32("positions", positions, -LIMIT, LIMIT))
         if 1 != self.mask.shape[0] != self.positions.shape[0] != 1:
             raise ValueError(
@@ -198,5 +198,5 @@ def _check_positional(name: str, mask: Any) -> None:
     if mask.shape[2] != 1:
         raise ValueError(
             f"mask of {name} must be one of positions, got {mask!r}, which has an element for each of {mask.shape[2]} "
-            "keys: combine that one with the result, by &"
+            "keys: leave the part that has them out, and join it to the result by &, where & joined it before"
         )

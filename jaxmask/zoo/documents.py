@@ -37,7 +37,7 @@ def document(mask: Mask, segment_ids: Integer[Array | np.ndarray, "batch length"
      [0 0 0 1 0]
      [0 0 0 1 0]]
     """
-    ids = checks.array("segment_ids", segment_ids, "i", 2)
+    ids = checks.some("segment_ids", checks.array("segment_ids", segment_ids, "i", 2), "token")
     checks.fits_int32("segment_ids", ids)
     if isinstance(ids, np.ndarray):
         for row, of_row in enumerate(ids):

@@ -56,7 +56,7 @@ def ordered_groups(group_ids: Integer[Array | np.ndarray, "batch length"]) -> Ma
      [1 1 1 1]
      [1 1 1 1]]
     """
-    return Reordered(Causal(), checks.array("group_ids", group_ids, "i", 2))
+    return Reordered(Causal(), checks.some("group_ids", checks.array("group_ids", group_ids, "i", 2), "id"))
 
 
 def segment_ids_from_lengths(lengths: Integer[Array | np.ndarray, "batch documents"], length: int) -> Ids:
@@ -77,7 +77,8 @@ def segment_ids_from_lengths(lengths: Integer[Array | np.ndarray, "batch documen
     array([[ 0,  0,  1, -1],
            [ 0,  0,  0, -1]], dtype=int32)
     """
-    lengths = checks.int32("lengths", checks.array("lengths", lengths, "i", 2), 0)
+    checks.some("lengths", checks.array("lengths", lengths, "i", 2), "document")
+    lengths = checks.int32("lengths", lengths, 0)
     return _between(lengths.cumsum(1, dtype=np.int32), checks.length("length", length))
 
 
@@ -99,6 +100,10 @@ def segment_ids_from_cu_seqlens(cu_seqlens: Integer[Array | np.ndarray, "batch e
     array([[ 0,  0,  1, -1]], dtype=int32)
     """
     ends = checks.int32("cu_seqlens", checks.array("cu_seqlens", cu_seqlens, "i", 2), 0)
+    if ends.shape[1] < 2:
+        raise ValueError(
+            f"cu_seqlens must have at least two ends, that of a document after 0, got {checks.describe(ends)}"
+        )
     if isinstance(ends, np.ndarray) and ((ends[:, :1] != 0).any() or (np.diff(ends) < 0).any()):
         raise ValueError(f"cu_seqlens must begin with 0 and never fall, got {ends!r}")
     return _between(ends[:, 1:], checks.length("length", length))

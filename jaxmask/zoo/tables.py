@@ -44,7 +44,9 @@ class Blocks(Mask):
     shape_is_complete = True
 
     def __post_init__(self) -> None:
-        checks.array("allowed", self.allowed, "b", 2, 4)
+        allowed = checks.some("allowed", checks.array("allowed", self.allowed, "b", 2, 4), "block of keys")
+        if allowed.shape[-2] == 0:
+            raise ValueError(f"allowed must have at least one block of queries, got {checks.describe(allowed)}")
         self._set(
             size=checks.scalar("size", self.size, minimum=1),
             start=checks.scalar("start", self.start, -LIMIT, LIMIT, ranks=(0, 1)),

@@ -175,6 +175,11 @@ def bigbird(random_blocks: Integer[Array | np.ndarray, "heads middle_blocks rand
     """
     checks.fits_int32("random_blocks", checks.array("random_blocks", random_blocks, "i", 3))
     block_size = checks.scalar("block_size", block_size, minimum=1)
+    if random_blocks.shape[1] == 0:
+        raise ValueError(
+            "random_blocks must be [heads, blocks - 2, count], for at least one block between the first and the last, "
+            f"got {checks.describe(random_blocks)}"
+        )
     blocks = random_blocks.shape[1] + 2
     q, kv = np.indices((blocks, blocks))
     local_or_global = (abs(q - kv) <= 1) | np.isin(q, (0, blocks - 1)) | np.isin(kv, (0, blocks - 1))

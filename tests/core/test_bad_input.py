@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from jax.experimental.pallas.ops.tpu.splash_attention import BlockSizes
 
 import jaxmask
 from jaxmask import (
@@ -15,6 +16,7 @@ from jaxmask import (
     Chunked,
     Dense,
     Full,
+    Mask,
     Padding,
     PerHead,
     Predicate,
@@ -26,6 +28,7 @@ from jaxmask import (
 )
 from jaxmask.bias import from_allowed
 from jaxmask.hf import modeling_attn_mask_utils as hf
+from jaxmask.kernels.splash import to_splash
 from jaxmask.parse import MaskSyntaxError, parse_mask
 from tests.helpers.bad import bad, refusal, refusals
 
@@ -62,7 +65,39 @@ def shapeless_predicate(b: Any, h: Any, q: Any, kv: Any) -> Any:
     return jnp.ones((7,), jnp.bool_)
 
 
+TABLE_OF_KEYS = np.arange(9) % 2 == 0
+LIST_OF_KEYS = TABLE_OF_KEYS.tolist()
+PREDICATES: dict[str, Any] = {
+    "if": lambda b, h, q, kv: kv <= q if q > 2 else kv < q,
+    "and": lambda b, h, q, kv: (kv <= q) and (kv > 2),
+    "chain": lambda b, h, q, kv: 0 <= q - kv < 4,
+    "max": lambda b, h, q, kv: max(q, kv) > 2,
+    "table": lambda b, h, q, kv: TABLE_OF_KEYS[kv],
+    "list": lambda b, h, q, kv: LIST_OF_KEYS[kv],
+    "dict": lambda b, h, q, kv: {1: True}[kv],
+    "int": lambda b, h, q, kv: int(q) > 3,
+    "range": lambda b, h, q, kv: sum(range(kv)) > 3,
+    "numpy": lambda b, h, q, kv: np.isin(kv, [1, 2]),
+}
+
+
+class Branching(Mask):
+    """A mask of a user who writes for numbers."""
+
+    def allows(self, b: Any, h: Any, q: Any, kv: Any) -> Any:
+        return kv <= q if q > 2 else kv < q
+
+    def tile_bounds(self, b: Any, h: Any, q: Any, kv: Any) -> Any:
+        return (True, False) if kv.min <= q.max else (False, False)
+
+
+def shape_of(*shape: int, dtype: Any = jnp.int32) -> Any:
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
 TYPE, VALUE = TypeError, ValueError
+IS_TRACED = "is traced", "jnp.where in place of if", "& and | in place of and and or", r"jnp\.asarray\(table\)"
+NARROW = [jnp.float8_e4m3fn, jnp.float8_e5m2, jnp.float4_e2m1fn]
 
 FAR = np.full((1, 2, 5), 2**40)
 CHOSEN = np.array([[[[1], [0]]]])
@@ -718,7 +753,7 @@ TABLE = [
         argument=VALID[None],
     ),
     bad("unmask-int", lib.unmask_unattended, TYPE, "expanded_mask", r"int32\[1, 2, 5\]", "float", argument=ONES[None]),
-    bad("bias-without-zero", lambda: CAUSAL.bias(2, 2, "float8_e8m0fnu"), TYPE, "dtype must have zero and negative"),
+    bad("bias-without-zero", lambda: CAUSAL.bias(2, 2, "float8_e8m0fnu"), TYPE, "dtype must be float16"),
     bad("unmask-long", lambda: lib.unmask_unattended(FAR, -1), VALUE, "expanded_mask must fit an int32"),
     bad("morton-axes", lambda: zoo.morton_natten((4,), (1,)), VALUE, r"canvas must be \(height, width\)", r"\(4,\)"),
     bad("vsa-tile", lambda: zoo.vsa(CHOSEN + 1, 2, 2), VALUE, "topk_indices must be from 0 to 1", "from 1 to 2"),
@@ -1070,12 +1105,223 @@ TABLE = [
         r"\(2,\)",
         r"\(batch, query_length\)",
     ),
+    # Hints that once led elsewhere.
+    bad("padding-4d", lib.Padding, VALUE, r"\[batch, kv\]", r"Dense\(allowed\)$", argument=VALID[:, None, None]),
+    bad("dense-keys-alone", lib.Dense, VALUE, "rank 2 or 4", r"Padding\(allowed\[None\]\)", argument=VALID[0]),
+    bad("dense-3d", lib.Dense, VALUE, r"allowed\[:, None\] .*batch", r"allowed\[None\] .*heads", argument=VALID[None]),
+    bad("dense-alibi", lib.Dense, TYPE, "any other bias is no mask", argument=jnp.zeros((2, 5))),
+    bad("blocks-1d", lambda v: zoo.Blocks(v, 2), VALUE, r"rank 2 or 4, got bool\[5\]$", argument=VALID[0]),
+    bad("ids-of-starts", lib.Segments, TYPE, r"jnp\.cumsum\(is_start, axis=1\)", argument=VALID),
+    bad(
+        "scale-of-an-array",
+        lambda scale: lib.attention(*[EMBEDS[..., None, :]] * 3, scale=scale),
+        TYPE,
+        "multiply the query by it, and give scale=1.0",
+        argument=jnp.ones(()),
+    ),
+    bad(
+        "is-causal-false",
+        lambda: lib.attention(*[EMBEDS[..., None, :]] * 3, is_causal=False),
+        TYPE,
+        r"Causal\(\) where it is true, and nothing where it is false",
+    ),
+    bad(
+        "one-number-of-a-window",
+        lambda: lib.attention(*[EMBEDS[..., None, :]] * 3, local_window_size=1),
+        TYPE,
+        r"Window\(size, size\) for one number",
+    ),
+    bad(
+        "document-of-keys",
+        lambda valid: zoo.document(Causal() & Padding(valid), IDS),
+        VALUE,
+        "leave the part that has them out, and join it to the result by &",
+        argument=VALID,
+    ),
+    bad(
+        "splash-keys",
+        lambda: to_splash(CAUSAL, 128, 384, offset=0, block_sizes=BlockSizes(block_q=128, block_kv=256)),
+        VALUE,
+        "pad to 512, and mask the padded keys by & Prefix\\(384\\)",
+    ),
+    bad(
+        "splash-compute",
+        lambda: to_splash(CAUSAL, 512, 512, block_sizes=BlockSizes(block_q=128, block_kv=256, block_kv_compute=384)),
+        VALUE,
+        "block_kv must be a multiple of block_kv_compute of block_sizes, got 256 and 384$",
+    ),
+    # Functions that are written for numbers, and not for arrays.
+    *(
+        bad(f"predicate-{name}", lambda fn=fn: Predicate(fn).dense(4, 4), TYPE, "function fn", *IS_TRACED)
+        for name, fn in PREDICATES.items()
+    ),
+    *(
+        bad(
+            f"bounds-{name}",
+            lambda fn=fn: Predicate(fine_predicate, bounds=lambda b, h, q, kv: (fn(b, h, q.min, kv.min), False)).tiles(
+                8, 8, block=2, offset=jnp.zeros(2, jnp.int32)
+            ),
+            TYPE,
+            "function bounds",
+            *IS_TRACED,
+        )
+        for name, fn in PREDICATES.items()
+        if name not in ("table", "numpy")  # the positions of keys are static
+    ),
+    bad("own-allows", lambda: Branching().dense(4, 4), TYPE, "function allows", *IS_TRACED),
+    bad("own-bounds", lambda: Branching().tiles(4, 4, block=2), TYPE, "function tile_bounds", *IS_TRACED),
+    bad("predicate-none", lambda: Predicate(lambda b, h, q, kv: None).dense(4, 4), TYPE, "must return bool, got None"),
+    bad(
+        "predicate-pair",
+        lambda: Predicate(lambda b, h, q, kv: (kv <= q, True)).dense(4, 4),
+        TYPE,
+        "fn of Predicate must return bool",
+    ),
+    # Floats that are too narrow.
+    *(
+        row
+        for dtype in map(jnp.dtype, NARROW)
+        for row in (
+            bad(
+                f"bias-{dtype}",
+                lambda dtype=dtype: Causal().bias(2, 2, dtype),
+                TYPE,
+                "dtype must be float16",
+                f"got {dtype}",
+                "minimum",
+            ),
+            bad(
+                f"converter-{dtype}",
+                lambda ids, dtype=dtype: causal.to_4d(ids, 5, 5, dtype=dtype),
+                TYPE,
+                "dtype must be float16",
+                f"got {dtype}",
+                argument=ONES,
+            ),
+            bad(
+                f"unmask-{dtype}",
+                lib.unmask_unattended,
+                TYPE,
+                "expanded_mask must be float16",
+                rf"{dtype}\[1, 2, 5\]",
+                "astype",
+                argument=jnp.zeros((1, 2, 5), dtype),
+            ),
+            bad(
+                f"merge-{dtype}",
+                lambda out: lib.merge_attention([(out, jnp.zeros((1, 2, 5)))]),
+                TYPE,
+                r"output of parts\[0\] must be float16",
+                "astype",
+                argument=jnp.zeros((1, 2, 5, 4), dtype),
+            ),
+        )
+    ),
+    # The shapes of arrays where arrays are needed.
+    bad("shape-dense", lambda: Padding(shape_of(2, 5)).dense(5, 5), TYPE, "mask must hold arrays", r"int32\[2, 5\]"),
+    bad("shape-bias", lambda: (Causal() & Padding(shape_of(2, 5))).bias(5, 5), TYPE, "mask must hold arrays"),
+    bad("shape-tiles", lambda: Padding(shape_of(2, 5)).tiles(5, 5), TYPE, "mask must hold arrays", "eval_shape"),
+    bad("shape-offset", lambda: Causal().dense(5, 5, offset=shape_of(2)), TYPE, "offset must hold arrays"),
+    # Arrays of nothing.
+    bad("ids-of-nothing", lambda: Segments(np.zeros((1, 0), int), consecutive=True).dense(1, 1), VALUE, "0 keys"),
+    bad("blocks-of-keys", lambda: zoo.Blocks(np.zeros((2, 0), bool), 2), VALUE, "allowed", "at least one", "2, 0"),
+    bad("blocks-of-queries", lambda: zoo.Blocks(np.zeros((0, 2), bool), 2), VALUE, "allowed", "at least one", "0, 2"),
+    bad("no-order", lambda: zoo.Reordered(CAUSAL, np.zeros((1, 0), int)), VALUE, "positions", "at least one position"),
+    bad("no-groups", lambda: zoo.ordered_groups(np.zeros((1, 0), int)), VALUE, "group_ids", "at least one id"),
+    bad("no-token", lambda: zoo.document(CAUSAL, np.zeros((1, 0), int)), VALUE, "segment_ids", "at least one token"),
+    bad("no-block", lambda: zoo.bigbird(np.zeros((1, 0, 1), int), 2), VALUE, "random_blocks", "at least one block"),
+    bad(
+        "no-lengths",
+        lambda lengths: zoo.segment_ids_from_lengths(lengths, 4),
+        VALUE,
+        "lengths must have at least one document",
+        r"int32\[1, 0\]",
+        argument=jnp.zeros((1, 0), jnp.int32),
+    ),
+    bad(
+        "no-ends",
+        lambda ends: zoo.segment_ids_from_cu_seqlens(ends, 4),
+        VALUE,
+        "cu_seqlens must have at least two ends",
+        r"int32\[1, 1\]",
+        argument=jnp.zeros((1, 1), jnp.int32),
+    ),
 ]
 
 test_bad_input_is_refused = refusals(TABLE)
+
+
+@pytest.mark.parametrize("dtype", [jnp.int2, jnp.uint2, jnp.int4, jnp.uint4])
+@pytest.mark.parametrize("library", [np, jnp])
+def test_narrow_integers_are_taken_as_others_are(dtype: Any, library: Any) -> None:
+    ones = library.ones((1, 4), dtype)
+    for mask, same in (
+        (Padding(ones), Full()),
+        (Segments(ones), Full()),
+        (Prefix(ones[0, :1]), Prefix(1)),
+        (Chunked(2, ones[0, :1]), Chunked(2, 1)),
+    ):
+        np.testing.assert_array_equal(mask.dense(4, 4), same.dense(4, 4))
+    for name in ("offset", "key_positions"):
+        at = ones[0] if name == "key_positions" else ones[0, :1]
+        same: Any = np.array(at, np.int32)
+        given: Any = {"offset": 0} if name == "key_positions" else {}
+        np.testing.assert_array_equal(
+            Causal().dense(4, 4, **given, **{name: at}), Causal().dense(4, 4, **given, **{name: same})
+        )
+
+
+def test_no_example_is_no_error() -> None:
+    for nobody in (np.zeros(0, np.int32), jnp.zeros(0, jnp.int32)):
+        for mask in (Prefix(nobody), Chunked(2, nobody), Causal() & (Prefix(nobody) | ~Chunked(3, nobody))):
+            assert mask.dense(3, 4, offset=1).shape == (0, 1, 3, 4)
+            assert mask.tiles(3, 4, offset=nobody, block=2).states.shape == (0, 1, 2, 2)
+
+
+@pytest.mark.parametrize("mask", [Causal(), Causal() & Padding(VALID), Window(2, None) | Prefix(jnp.array([1, 2]))])
+def test_a_block_far_beyond_the_mask_is_one_tile_and_takes_no_memory(mask: Any) -> None:
+    tiles = mask.tiles(5, 5, block=2_000_000_000)
+    np.testing.assert_array_equal(tiles.states, mask.tiles(5, 5, block=5).states)
+    assert tiles.block == (2_000_000_000,) * 2
 
 
 @pytest.mark.breaks_annotations
 def test_the_hint_of_an_additive_bias_is_for_masks_only() -> None:
     message = refusal(lambda: Causal().dense(2, 2, offset=jnp.zeros(())), TypeError)
     assert "additive bias" not in message
+
+
+# Hints, followed.
+
+
+def test_arrays_of_three_axes_become_the_masks_that_the_hint_says() -> None:
+    allowed = np.random.default_rng(0).random((3, 4, 4)) < 0.5
+    np.testing.assert_array_equal(Dense(allowed[:, None]).dense(4, 4), allowed[:, None])
+    np.testing.assert_array_equal(Dense(allowed[None]).dense(4, 4), allowed[None])
+    np.testing.assert_array_equal(Padding(allowed[0, :1]).dense(4, 4)[0, 0], np.tile(allowed[0, 0], (4, 1)))
+
+
+def test_starts_of_documents_become_ids() -> None:
+    starts = jnp.array([[1, 0, 1, 0], [1, 1, 0, 0]], bool)
+    same = np.array([[[0, 0, 1, 1]], [[0, 1, 1, 1]]])
+    np.testing.assert_array_equal(Segments(jnp.cumsum(starts, axis=1)).dense(4, 4)[:, 0], same.swapaxes(1, 2) == same)
+
+
+def test_a_query_that_is_multiplied_by_the_scale_is_scaled_once() -> None:
+    x = jnp.asarray(np.random.default_rng(1).standard_normal((1, 6, 2, 8)), jnp.float32)
+    scale = jnp.float32(0.3)
+    np.testing.assert_allclose(
+        lib.attention(x * scale, x, x, CAUSAL, scale=1.0), lib.attention(x, x, x, CAUSAL, scale=0.3), atol=1e-6
+    )
+
+
+def test_a_mask_of_rows_is_given_as_a_bias_where_examples_have_offsets() -> None:
+    random = np.random.default_rng(2)
+    query, key = (jnp.asarray(random.standard_normal((2, n, 1, 8)), jnp.float32) for n in (3, 6))
+    allowed, offset = jnp.asarray(random.random((2, 1, 3, 6)) < 0.6), jnp.array([1, 3])
+    attend = jaxmask.make_attention_fn(Causal(), offset=offset)
+    with pytest.raises(ValueError, match="give it as a bias of 0 and minus infinity, whose rows are the queries"):
+        attend(query, key, key, mask=allowed)
+    out = attend(query, key, key, bias=jnp.where(allowed, 0, -jnp.inf))
+    both = allowed & Causal().dense(3, 6, offset=offset)
+    np.testing.assert_allclose(out, lib.attention(query, key, key, Dense(both, offset=0), offset=0), atol=1e-6)

@@ -37,6 +37,7 @@ from jaxmask import (
     Segments,
     SlidingWindow,
     TileMap,
+    zoo,
 )
 from jaxmask.draw import html, html_tiles, plot
 from tests.draw.test_show import MASKS, TilesOnly
@@ -128,6 +129,44 @@ def test_of_many_panels_the_first_are_drawn() -> None:
     assert "the first 32 of 40 panels" in figure.legends[0].get_title().get_text()
 
 
+def test_of_too_many_heads_those_that_look_alike_are_drawn_once() -> None:
+    mask = PerHead([SlidingWindow(2), Causal()] * 32)
+    figure = plot(mask, 8)
+    assert [ax.get_title() for ax in figure.axes] == [
+        f"heads {', '.join(map(str, range(first, 64, 2)))}"[:32].rpartition(",")[0] + ", ..." for first in (0, 1)
+    ]
+    np.testing.assert_array_equal(states_of(figure), np.asarray(mask.dense(8, 8))[0, :2] * FULL)
+    assert "heads 0, 2, 4, " in text_of(html(mask))
+    assert len(read_back(html(mask))) == 2
+
+
+def test_a_title_is_what_a_person_wrote() -> None:
+    is_global = np.array([[1, 0, 0, 0]])
+    own = Named(lambda: "own")
+    for mask in (Causal() & ~Prefix(2), PerHead([Causal(), own]), Predicate(_fails, bounds=lambda *at: (True, True))):
+        figure = plot(mask, 1000)
+        assert figure.get_suptitle() == repr(mask)
+    assert "Predicate(_fails" in repr(mask)
+    for mask in (zoo.longformer(2, is_global), Causal() & zoo.document(Prefix(1), is_global)):
+        assert plot(mask, 4).get_suptitle() == ""
+        for page in (html(mask), html_tiles(mask.tiles(4, 4, block=2))):
+            assert not re.search("Transposed|Reordered|Axis|_", text_of(page))
+    tiles = Causal().tiles(2, 4, offset=0, key_positions=np.arange(4))
+    assert text_of(html_tiles(tiles)).startswith("tiles(2, 4, block=(128, 128))")
+
+
+def test_what_tiles_do_not_say_is_in_the_legend() -> None:
+    figure = plot(Predicate(lambda b, h, q, kv: kv <= q), 131_072, block=64)
+    note = figure.legends[0].get_title().get_text().replace("\n", " ")
+    assert "asked for were tiles of 64 queries by 64 keys; 0 of 4,194,304 are EMPTY" in note
+    assert "Predicate has no bounds, and says nothing of tiles" in note
+    outlined = plot(Predicate(lambda b, h, q, kv: kv <= q), 8, block=4)
+    assert "Predicate has no bounds" in outlined.legends[0].get_title().get_text()
+    page = text_of(html_tiles(Predicate(lambda b, h, q, kv: kv <= q).tiles(1000, 1000, block=4)))
+    assert "asked for were tiles of 4 queries by 4 keys; 0 of 62,500 are EMPTY" in page
+    assert "Predicate has no bounds" in page
+
+
 @pytest.mark.parametrize(
     ("offset", "positions", "queries", "keys"),
     [
@@ -200,6 +239,42 @@ def test_a_character_that_the_usual_font_lacks_is_taken_from_another() -> None:
     figure = plot(Causal(), 2, tokens=[character, "\U000f0000"])
     figure.draw_without_rendering()
     assert labels_of(figure, "x") == {0: character, 1: "\\U000f0000"}
+
+
+def test_where_no_font_has_a_character_the_legend_says_what_to_install() -> None:
+    def notes(*tokens: str) -> list[str]:
+        figure = plot(Causal(), len(tokens), tokens=tokens)
+        return figure.legends[0].get_title().get_text().splitlines()
+
+    assert notes("a", "Ġ", "\n") == []
+    # None of these has a glyph in the fonts of matplotlib.
+    (note,) = notes("\u4eca\uac00", "\U0001fae0")
+    assert note == "no font has \\u4eca, \\uac00, \\U0001fae0: install Noto Emoji and Noto Sans CJK"
+    (note,) = notes("\U00013000")
+    assert note == "no font has \\U00013000: install a font of their script"
+    axes = Figure().subplots()
+    plot(Causal(), 1, tokens=["\u4eca"], ax=axes)
+    assert "install Noto Sans CJK" in axes.get_legend().get_title().get_text()  # pyright: ignore[reportOptionalMemberAccess]
+
+
+def test_a_font_is_found_that_matplotlib_does_not_list(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from fontTools.ttLib import TTFont  # pyright: ignore[reportMissingTypeStubs]
+
+    # Any font, under another name, with a glyph for a character that no other has; and a file that is none.
+    font: Any = TTFont(font_manager.findfont("DejaVu Sans"))
+    for table in font["cmap"].tables:
+        if table.isUnicode():
+            table.cmap[0x4ECA] = "A"
+    for record in font["name"].names:
+        if record.nameID in (1, 4, 16):
+            record.string = "Newly Installed"
+    font.save(tmp_path / "new.ttf")
+    (tmp_path / "broken.ttf").write_bytes(b"no font")
+    monkeypatch.setattr(font_manager, "X11FontDirectories", [str(tmp_path)])
+    monkeypatch.setattr(font_manager.fontManager, "ttflist", list(font_manager.fontManager.ttflist))
+    figure = plot(Causal(), 1, tokens=["\u4eca"])
+    figure.draw_without_rendering()
+    assert labels_of(figure, "x") == {0: "\u4eca"}
 
 
 @pytest.mark.breaks_annotations
@@ -314,6 +389,36 @@ def test_a_notebook_shows_tiles(mask: Mask, lengths: tuple[int, int], block: int
         size = int(size[0].replace(",", "")), int(size[1].replace(",", ""))
         tiles = mask.tiles(*lengths, block=size, offset=1)
     np.testing.assert_array_equal(read_back(page).reshape(tiles.states.shape), tiles.states)
+
+
+TOKENS = ["The", "今天", "😀", "a\nb", "<s>", "&", ""]
+
+
+def test_a_notebook_labels_queries_and_keys_by_tokens() -> None:
+    page = html(Causal() & EXAMPLES, tokens=[*TOKENS, "end"])
+    root = ElementTree.fromstring(page)
+    shown = [text.text or "" for text in root.iter("text")]
+    # For each query and each key of both examples, from left to right.
+    assert shown == [token.replace("\n", "\\n") for token in (*TOKENS, "end") for _ in "xy"] * 2
+    np.testing.assert_array_equal(read_back(page)[:, :, :], read_back(html(Causal() & EXAMPLES)))
+    for picture in root.iter("svg"):
+        if picture.get("font-family") is not None:
+            (cells,) = (child for child in picture if child.tag == "svg")
+            ends = {
+                float(cells.attrib[place]) + float(cells.attrib[size])
+                for place, size in zip(("x", "y"), ("width", "height"), strict=True)
+            }
+            assert ends == {float(picture.attrib["width"])} == {float(picture.attrib["height"])}
+    assert len(read_back(html(Causal(), tokens=TOKENS))[0]) == len(TOKENS)
+    assert "<text" not in html(Causal(), tokens=["a"] * 65)
+
+
+@pytest.mark.breaks_annotations
+def test_a_notebook_refuses_bad_tokens() -> None:
+    with pytest.raises(ValueError, match="tokens must have one str for each of the 8 queries, got 7"):
+        html(EXAMPLES, tokens=TOKENS)
+    with pytest.raises(TypeError, match="tokens must be a list of str"):
+        html(Causal(), tokens="text")
 
 
 def test_masks_and_tiles_show_themselves_in_a_notebook() -> None:

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rich.cells import cell_len
 from rich.console import Console
 from typer.testing import CliRunner
 
@@ -27,6 +28,7 @@ from jaxmask import (
     Mask,
     Padding,
     PerHead,
+    Predicate,
     Prefix,
     SlidingWindow,
     Window,
@@ -328,6 +330,108 @@ def test_of_many_panels_the_first_are_drawn(length: int) -> None:
     assert re.findall(r"head (\d+)", picture) == [str(head) for head in range(32)]
 
 
+@pytest.mark.parametrize("length", [4, 1000])
+def test_of_too_many_heads_those_that_look_alike_are_drawn_once(length: int) -> None:
+    window, causal = SlidingWindow(2), Causal()
+    picture = drawn(PerHead([window] * 30 + [causal] * 3 + [window] * 31) & Full(), length)
+    assert re.findall(r"heads? .*", picture) == ["heads 0-29, 33-63", "heads 30-32"]
+    if length == 4:
+        np.testing.assert_array_equal(
+            np.reshape(read_back(picture)[1], (2, 4, 4)), [window.dense(4, 4)[0, 0], causal.dense(4, 4)[0, 0]]
+        )
+
+
+def test_tiles_that_are_too_many_to_be_drawn_are_counted() -> None:
+    picture = drawn(Causal(), 131_072, block=512)
+    empty = int(Causal().tiles(131_072, 131_072, block=512).counts[0])
+    assert f"asked for were tiles of 512 queries by 512 keys; {empty:,} of 65,536 are EMPTY" in picture.replace(
+        "\n", ""
+    )
+    assert "tiles of 1 queries by 1 keys; 17,179,869,184 are too many" in drawn(Causal(), 131_072, block=1)
+    tiles = Causal().tiles(1000, 1000, block=2)
+    assert f"asked for were tiles of 2 queries by 2 keys; {tiles.counts[0]:,} of" in printed(show_tiles, tiles)
+    assert "asked for" not in drawn(Causal(), 131_072) + drawn(Causal(), 131_072, block=4096) + drawn(
+        Causal(), 8, block=2
+    )
+
+
+def test_a_block_that_is_larger_than_the_mask_is_one_tile() -> None:
+    picture = drawn(Causal(), 4, block=2_000_000_000)
+    assert read_outlines(picture) == [[1]]
+    assert "tiles of 2,000,000,000 queries" in picture
+
+
+class Unbounded(Mask):
+    """Causal, and nothing is said of tiles."""
+
+    def allows(self, b: Any, h: Any, q: Any, kv: Any) -> Any:
+        return kv <= q
+
+
+@pytest.mark.parametrize("arguments", [{}, {"block": 100}])
+def test_a_mask_that_says_nothing_of_tiles_is_named(arguments: Any) -> None:
+    known = Predicate(lambda b, h, q, kv: kv <= q, bounds=lambda b, h, q, kv: (kv.min <= q.max, False))
+    unknown = Predicate(lambda b, h, q, kv: kv <= q)
+    for mask, named in (
+        (Causal() & known, []),
+        (Causal() & ~unknown, ["Predicate"]),
+        (PerHead([Unbounded(), unknown]), ["Predicate", "Unbounded"]),
+        (Empty() & unknown, []),
+    ):
+        assert re.findall(r"(\w+) has no bounds, and says nothing of tiles", drawn(mask, 1000, **arguments)) == named
+    assert "Predicate has no bounds" in drawn(unknown, 8, block=4)
+    assert "has no bounds" not in drawn(unknown, 8)
+
+
+def test_tokens_label_queries_and_keys() -> None:
+    assert drawn(Causal(), 4, tokens=["The", "今天", "😀", "a\nb"]).splitlines()[:8] == [
+        "            a",
+        "      T     \\",
+        "      h 今  n",
+        "      e 天😀b",
+        " The  ■ · · ·",
+        "今天  ■ ■ · ·",
+        "  😀  ■ ■ ■ ·",
+        "a\\nb  ■ ■ ■ ■",
+    ]
+    # An emoji of several characters is one, an accent takes no column, and an empty text is nothing.
+    family = "👨\u200d👩\u200d👧"
+    assert drawn(Full(), 1, 3, tokens=["a"], key_tokens=[family, "e\u0301", ""]).splitlines()[:2] == [
+        f"   {family}e\u0301",
+        "a  ■ ■ ■",
+    ]
+
+
+@given(st.lists(st.text(max_size=40), min_size=4, max_size=4))
+def test_any_tokens_keep_the_cells_in_their_columns(tokens: list[str]) -> None:
+    for encoding, yes in (("utf-8", "■"), ("ascii", "#")):
+        lines = drawn(Causal(), 4, tokens=tokens, encoding=encoding).splitlines()
+        rows = lines[-6:-2]
+        assert [[cell == yes for cell in row[-7::2]] for row in rows] == np.tri(4, dtype=bool).tolist()
+        (width,) = {cell_len(row) for row in rows}
+        # No label stands beside its column.
+        assert all(cell_len(line) <= width + 1 for line in lines[:-6])
+
+
+def test_tokens_are_of_queries_and_of_keys_only_where_these_are_the_same() -> None:
+    assert drawn(Causal(), 2, 3, offset=1, tokens=["a", "b"]).splitlines()[:3] == ["   0 1 2", "a  ■ ■ ·", "b  ■ ■ ■"]
+    assert drawn(Causal(), 2, key_tokens=["a", "b"]).splitlines()[:2] == ["   a b", "0  ■ ·"]
+
+
+def test_wide_tokens_need_twice_the_room() -> None:
+    assert len(read_back(re.sub("[今a]", "0", drawn(Causal(), 30, tokens=["a"] * 29 + ["今"], width=64)))[1]) == 30
+    assert read_tiles(drawn(Causal(), 31, tokens=["a"] * 30 + ["今"], width=64), 31)[0] == (2, 1)
+    assert len(read_back(re.sub("a", "0", drawn(Causal(), 31, tokens=["a"] * 31, width=64)))[1]) == 31
+
+
+@pytest.mark.breaks_annotations
+def test_bad_tokens_are_refused() -> None:
+    with pytest.raises(ValueError, match="tokens must have one str for each of the 3 queries, got 1"):
+        drawn(Causal(), 3, tokens=["a"])
+    with pytest.raises(TypeError, match="key_tokens must be a list of str, one for each of the 3 keys, got 'abc'"):
+        drawn(Causal(), 3, key_tokens="abc")
+
+
 def test_rows_are_labelled_by_the_offset_of_their_example() -> None:
     labels, rows = read_back(drawn(Causal(), 2, 12, offset=np.array([3, 10])))
     assert labels == [3, 4, 10, 11]
@@ -477,9 +581,14 @@ def test_command_show_writes_svg(tmp_path: Path) -> None:
     file = tmp_path / "mask.svg"
     status, out, _ = run("show", "causal & prefix(2)", "--query", "3", "--svg", str(file))
     assert status == 0
-    texts = "".join(ElementTree.parse(file).getroot().itertext())
-    assert "Causal() & Prefix(2)" in texts.replace("\xa0", " ")
-    assert texts.count("■") == out.count("■")
+    figure = file.read_text(encoding="utf-8")
+    kinds = {element.tag.rpartition("}")[2] for element in ElementTree.fromstring(figure).iter()}
+    # Its letters are paths: no font is fetched, and no window of a terminal is around it.
+    assert {"image", "path"} <= kinds
+    assert "text" not in kinds
+    assert "@font-face" not in figure
+    assert "<!-- Causal() &amp; Prefix(2) -->" in figure
+    assert "■" in out
 
 
 def test_command_show_outlines_tiles_and_draws_large_masks_by_them() -> None:
@@ -586,6 +695,12 @@ def test_command_verify_hands_over_its_options_and_status(verification: Verifica
 def test_command_verify_refuses(verification: Verification) -> None:
     assert run("verify", "--dtype", "float8") == (2, "", "jaxmask: no dtype float8\n")
     assert verification.received["dtypes"] == ["float8"]
+
+
+def test_command_verify_refuses_a_report_that_cannot_be_written_before_it_works(tmp_path: Path) -> None:
+    status, out, err = run("verify", "--report", str(tmp_path / "missing" / "report.json"))
+    assert (status, out) == (2, "")
+    assert str(tmp_path / "missing" / "report.json") in err
 
 
 def test_command_verify_without_torch(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -73,6 +73,7 @@ def run(
 
     Raises:
         ValueError: a name is not known; no oracle is left for an operation; the number of cases is not positive.
+        OSError: the report cannot be written there.
         ModuleNotFoundError: the weights of a model are missing.
     """
     if cases is not None and cases < 1:
@@ -85,7 +86,10 @@ def run(
             raise ValueError(f"op: {operation!r} is compared with {' and '.join(oracles_of(operation))} alone")
     operations = operations or comparable
     checks = MODELS if operations is comparable and len(oracles) == len(ALL_ORACLES) else ()
-    if checks:  # now, and not after minutes
+    # What may be missing is asked for now, and not after minutes.
+    if report is not None:
+        report.open("a").close()
+    if checks:
         minilm_folder()
         smollm2_checkpoint()
     # Wide enough for every line where it is not a terminal.

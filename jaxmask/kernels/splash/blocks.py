@@ -5,18 +5,21 @@ from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_kernel im
 
 from jaxmask import checks
 
+# What to do with what a length is padded by.
+_PADDED = {
+    "query_length": "drop the output rows of the padded queries",
+    "key_length": "mask the padded keys by & Prefix({length})",
+}
+
 
 def default_blocks(query_length: int, key_length: int) -> BlockSizes:
     """The largest of 512, 256 and 128 that divides each length."""
     sizes: list[int] = []
-    for name, length, hint in (
-        ("query_length", query_length, "drop the output rows of the padded queries"),
-        ("key_length", key_length, f"mask the padded keys by & Prefix({key_length})"),
-    ):
+    for name, length in (("query_length", query_length), ("key_length", key_length)):
         if length % NUM_LANES:
             raise ValueError(
                 f"{name} must be a multiple of {NUM_LANES}, because splash attention has no ragged tiles, got "
-                f"{length}: pad to {length + -length % NUM_LANES}, and {hint}"
+                f"{length}: pad to {length + -length % NUM_LANES}, and {_PADDED[name].format(length=length)}"
             )
         sizes.append(next(size for size in (512, 256, NUM_LANES) if length % size == 0))
     q, kv = sizes
@@ -38,8 +41,11 @@ def check_blocks(sizes: BlockSizes, query_length: int, key_length: int) -> None:
                 continue  # there is no backward pass, or a fused one
             if checks.integer(f"{block_name} of block_sizes", block, minimum=1) % unit:
                 raise ValueError(f"{block_name} of block_sizes must be a multiple of {unit}, got {block}")
+            if length % block and name not in _PADDED:
+                raise ValueError(f"{name} must be a multiple of {block_name} of block_sizes, got {length} and {block}")
             if length % block:
                 raise ValueError(
                     f"{name} must be a multiple of {block_name} of block_sizes, because splash attention has no ragged "
-                    f"tiles, got {length} and {block}: pad to {length + -length % block}, or choose another block"
+                    f"tiles, got {length} and {block}: pad to {length + -length % block}, and "
+                    f"{_PADDED[name].format(length=length)}; or choose another block"
                 )
