@@ -18,6 +18,10 @@ from jaxmask.kernels.call import Call
 from jaxmask.mask import Full
 
 
+# Its results do not say over which axes of the mesh they vary.
+_NO_CHECK = "inside of a shard_map it needs check_vma=False"
+
+
 def cudnn_lacks(call: Call) -> list[str]:
     """What keeps cuDNN from doing this call. JAX says which shapes it takes, on the GPU at hand."""
     limits = {
@@ -52,6 +56,7 @@ def tokamax_lacks(call: Call) -> list[str]:
     limits = {
         'tokamax is not installed: pip install "jaxmask[tokamax]"': find_spec("tokamax") is None,
         "it caps the scores after the bias, not before": call.logits_soft_cap is not None and call.bias is not None,
+        _NO_CHECK: _is_checked(call),
         "its windows need as many queries as keys": (
             call.split().local_window_size is not None and call.query.shape[1] != call.key.shape[1]
         ),
@@ -91,6 +96,7 @@ def splash_lacks(call: Call) -> list[str]:
         f"the dim of the values must be that of the keys, not {call.value.shape[3]} and {call.query.shape[3]}": (
             call.value.shape[3] != call.query.shape[3]
         ),
+        _NO_CHECK: _is_checked(call),
     }
     return _that_hold(limits) + _only_output(call) or _refusal(splash, call, TypeError, ValueError, NotImplementedError)
 
@@ -115,6 +121,11 @@ def splash(call: Call) -> Array:
 
     # Chosen by XLA, not by the platform of this process, which may export to another.
     return jax.lax.platform_dependent(tpu=partial(run, False), default=partial(run, True))
+
+
+def _is_checked(call: Call) -> bool:
+    """Whether the call is inside of a ``shard_map`` with ``check_vma=True``, which is the default."""
+    return isinstance(call.query, jax.Array) and bool(jax.typeof(call.query).manual_axis_type.varying)
 
 
 def _that_hold(limits: dict[str, Any]) -> list[str]:

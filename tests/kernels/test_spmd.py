@@ -297,3 +297,16 @@ def test_an_unknown_axis_is_named() -> None:
 
 
 test_bad_sharding_is_refused = refusals(BAD)
+
+
+@pytest.mark.parametrize("checks", [False, True])
+def test_a_kernel_of_others_says_what_it_needs_of_a_shard_map(checks: bool) -> None:
+    said: list[str] = []
+
+    @partial(jax.shard_map, mesh=MESH, in_specs=P("data"), out_specs=P("data"), check_vma=checks)
+    def shard(x: Any) -> Any:
+        said.append(str(jaxmask.explain(x, x, x, Causal())))
+        return x
+
+    jax.eval_shape(shard, jnp.zeros((4, 256, 2, 64)))
+    assert ("not splash: it is made for TPU; inside of a shard_map it needs check_vma=False" in said[0]) == checks
