@@ -17,7 +17,7 @@ import numpy as np
 from jax.sharding import AxisType, PartitionSpec
 
 from jaxmask import Causal, Chunked, Dense, Padding, PerHead, Predicate, Prefix, Segments, SlidingWindow, Window, zoo
-from jaxmask.dispatch import FUSED, LACKS, RUN
+from jaxmask.dispatch import CANNOT_DIVIDE, DIVISIBLE, FUSED, LACKS, RUN
 from jaxmask.kernels.call import Call, checked_call
 
 BATCH, LENGTH, HEADS, DIM = 2, 256, 4, 64
@@ -75,6 +75,8 @@ ASKED: dict[str, dict[str, Any]] = {
     "float64": {"dtype": jnp.float64},
     "inside a `shard_map`": {"mask": Causal(), "check_vma": True},
     "inside a `shard_map(check_vma=False)`": {"mask": Causal(), "check_vma": False},
+    "batch and heads sharded, by the type of the query or `sharding=`": {"mask": Causal()},
+    "batch and heads sharded, and left to XLA": {"mask": Causal(), "left_to_xla": True},
 }
 ABOUT = """# What each implementation of `attention` takes
 
@@ -114,9 +116,11 @@ def simulated(name: str) -> Generator[None]:
         yield
 
 
-def lacks(name: str, *, dtype: Any = jnp.bfloat16, check_vma: bool | None = None, **arguments: Any) -> list[str]:
+def lacks(
+    name: str, *, dtype: Any = jnp.bfloat16, check_vma: bool | None = None, left_to_xla: bool = False, **arguments: Any
+) -> list[str]:
     """What an implementation lacks to do a call of attention, on the platform that it is made for."""
-    found: list[str] = []
+    found = [CANNOT_DIVIDE] if left_to_xla and name not in DIVISIBLE else []
 
     def ask(shape: Any) -> Any:
         given: dict[str, Any] = {"query": shape, "key": shape, "value": shape, "mask": None, **arguments}

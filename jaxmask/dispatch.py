@@ -33,6 +33,8 @@ LACKS: dict[str, Callable[[Call], list[str]]] = {
 OURS = ("xla", "blocked")
 # Which kernels to try on a platform, the best first.
 FUSED = {"gpu": ("cudnn", "tokamax"), "tpu": ("splash", "tokamax")}
+# What XLA divides over devices by itself.
+DIVISIBLE = ("cudnn", *OURS)
 CANNOT_DIVIDE = "XLA cannot divide it over devices: say sharding=, that of the query"
 # Up to so many queries and keys, there is nothing to gain by cutting the scores into tiles.
 _SMALL = 128
@@ -210,8 +212,7 @@ def choose(call: Call, implementation: str | None) -> tuple[str, str]:
     if any(map(jax.export.is_symbolic_dim, (query_length, key_length))):
         return "xla", "the lengths are symbolic, and no tile could have a number of queries and keys"
     for name in FUSED.get(call.platform, ()):
-        # XLA can divide cuDNN's kernel, and no other.
-        if (name == "cudnn" or not call.is_left_to_xla) and not LACKS[name](call):
+        if (name in DIVISIBLE or not call.is_left_to_xla) and not LACKS[name](call):
             return name, f"it is a fused kernel of the {call.platform.upper()}, and takes all of the arguments"
     if max(query_length, key_length) <= _SMALL:
         return "xla", f"at most {_SMALL} queries and keys are too few to gain by tiles"

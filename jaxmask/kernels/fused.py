@@ -17,7 +17,6 @@ from jaxtyping import Array
 from jaxmask.kernels.call import Call
 from jaxmask.mask import Full
 
-
 # Its results do not say over which axes of the mesh they vary.
 _NO_CHECK = "inside of a shard_map it needs check_vma=False"
 
