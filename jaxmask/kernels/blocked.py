@@ -240,7 +240,8 @@ def _differentiate(program: _Program, operands: Any, tangents: Any) -> Any:
     leaves, structure = jax.tree.flatten(operands)
     is_float = [jnp.issubdtype(x.dtype, jnp.floating) for x in leaves]
     moving = [t for t, yes in zip(jax.tree.leaves(tangents), is_float, strict=True) if yes]
-    sloped = replace(program, is_sloped=True)
+    # The functions below outlive this trace, and may hold none of its arrays.
+    count, sloped = len(leaves), replace(program, is_sloped=True)
 
     def floats(leaves: Any) -> list[Array]:
         return [x for x, yes in zip(leaves, is_float, strict=True) if yes]
@@ -254,15 +255,15 @@ def _differentiate(program: _Program, operands: Any, tangents: Any) -> Any:
         return of_floats
 
     def forward(program: _Program, constants: Any, arrays: Any) -> Any:
-        return jax.jvp(run(program, constants), floats(constants[: len(leaves)]), list(arrays))[1]
+        return jax.jvp(run(program, constants), floats(constants[:count]), list(arrays))[1]
 
     def backward(constants: Any, cotangents: Any) -> Any:
-        operands = jax.tree.unflatten(structure, constants[: len(leaves)])
-        found = _backward(program, (*operands, *constants[len(leaves) :]), cotangents)
+        operands = jax.tree.unflatten(structure, constants[:count])
+        found = _backward(program, (*operands, *constants[count:]), cotangents)
         return jax.tree.leaves(found)
 
     def backward_again(constants: Any, cotangents: Any) -> Any:
-        return jax.vjp(run(sloped, constants), *floats(constants[: len(leaves)]))[1](tuple(cotangents))
+        return jax.vjp(run(sloped, constants), *floats(constants[:count]))[1](tuple(cotangents))
 
     linear = Linear(partial(forward, program), backward, partial(forward, sloped), backward_again)
     dresults = tuple(linear((*leaves, *residuals), moving, results))
