@@ -108,8 +108,8 @@ def attention(
     ``softmax(cap(scale * query @ key) + bias) @ value``, computed in at least float32. A query that may attend to
     nothing gives zeros, and zero gradients; only the mask does that, and a bias of minus infinity, but no other score.
     A key that no query may attend to changes nothing, though it be NaN, nor does its value; where some query may attend
-    to it, those that share its tile are NaN, too. Differentiable in query, key, value, bias and sinks, once and in
-    reverse mode.
+    to it, those that share its tile are NaN, too. Differentiable in query, key, value, bias and sinks; by ``"xla"`` and
+    ``"blocked"`` in forward mode and more than once, too, at any length.
 
     Args:
         query: ``[batch, q, heads, dim]``, in float16, bfloat16, float32 or float64.

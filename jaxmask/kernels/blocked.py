@@ -9,7 +9,7 @@ both ways.
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple, TypeVar, Unpack
 
@@ -27,6 +27,7 @@ from jaxmask.kernels import scores
 from jaxmask.kernels.call import Arguments, Call, checked_call
 from jaxmask.kernels.dropout import Dropout
 from jaxmask.kernels.key_ranges import Ints, KeyRanges, key_ranges_of
+from jaxmask.kernels.linear import Linear
 from jaxmask.mask import Mask
 
 Carry = TypeVar("Carry")
@@ -74,6 +75,8 @@ class _Program:
     unmasked: Callable[..., Any]
     # Whether these change no product but those that they mask, so that there is nothing to differentiate.
     only_masks: bool
+    # Whether its loops are of static length, so that JAX can differentiate them in reverse.
+    is_sloped: bool = False
 
     def part(self, axes: str, x: Array, place: _Place) -> tuple[tuple[Array, ...], tuple[int, ...]]:
         """The start and the sizes of the part of ``x`` that a step takes. An axis of size 1 serves every index."""
@@ -151,13 +154,26 @@ def _for_each_tile(
     return lax.fori_loop(0, math.prod(shape), body, carry)
 
 
-def _for_each_range(ranges: KeyRanges, step: Callable[[Carry, Ints, IsMasked], Carry], carry: Carry) -> Carry:
+def _for_each_range(
+    program: _Program, ranges: KeyRanges, step: Callable[[Carry, Ints, IsMasked], Carry], carry: Carry
+) -> Carry:
     """Fold ``step(carry, start, is_masked)`` over the ranges of keys of a tile of queries."""
     starts, partial_count, range_count = ranges
     if starts.shape[0] == 1:
         return step(carry, starts[0], True)
     at = partial(lax.dynamic_index_in_dim, keepdims=False, allow_negative_indices=False)
-    return lax.fori_loop(0, range_count, lambda i, carry: step(carry, at(starts, i), i < partial_count), carry)
+
+    def body(i: Any, carry: Carry) -> Carry:
+        return step(carry, at(starts, i), i < partial_count)
+
+    if not program.is_sloped:
+        return lax.fori_loop(0, range_count, body, carry)
+
+    @jax.checkpoint
+    def maybe(i: Any, carry: Carry) -> Carry:
+        return lax.cond(i < range_count, body, lambda _, carry: carry, i, carry)
+
+    return lax.fori_loop(0, starts.shape[0], maybe, carry)
 
 
 def _scores(
@@ -208,10 +224,50 @@ def _scores(
     return place, score, (products, part, {yes: floats for yes, (floats, _) in arrays.items()})
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _run(program: _Program, *operands: Any) -> tuple[Array, Array]:
-    """The output and the log-sum-exp, ``[batch, q, heads(, dim)]``, of the operands of :func:`_forward`."""
-    return _forward(program, *operands)[0]
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _run(program: _Program, *operands: Any) -> tuple[tuple[Array, Array], tuple[Array, ...]]:
+    """The output and the log-sum-exp, ``[batch, q, heads(, dim)]``, of the operands of :func:`_forward`.
+
+    Beside them is what the backward pass needs beside the operands. It has no derivative of its own: it follows from
+    the operands, and the definitions that are differentiated again compute it again.
+    """
+    return _forward(program, *operands)
+
+
+@_run.defjvp
+def _differentiate(program: _Program, operands: Any, tangents: Any) -> Any:
+    results, residuals = _run(program, *operands)
+    leaves, structure = jax.tree.flatten(operands)
+    is_float = [jnp.issubdtype(x.dtype, jnp.floating) for x in leaves]
+    moving = [t for t, yes in zip(jax.tree.leaves(tangents), is_float, strict=True) if yes]
+    # The functions below outlive this trace, and may hold none of its arrays.
+    count, sloped = len(leaves), replace(program, is_sloped=True)
+
+    def floats(leaves: Any) -> list[Array]:
+        return [x for x, yes in zip(leaves, is_float, strict=True) if yes]
+
+    def run(program: _Program, constants: Any) -> Callable[..., Any]:
+        def of_floats(*values: Array) -> Any:
+            rest = iter(values)
+            merged = [next(rest) if yes else x for x, yes in zip(constants, is_float, strict=False)]
+            return _forward(program, *jax.tree.unflatten(structure, merged))[0]
+
+        return of_floats
+
+    def forward(program: _Program, constants: Any, arrays: Any) -> Any:
+        return jax.jvp(run(program, constants), floats(constants[:count]), list(arrays))[1]
+
+    def backward(constants: Any, cotangents: Any) -> Any:
+        operands = jax.tree.unflatten(structure, constants[:count])
+        found = _backward(program, (*operands, *constants[count:]), cotangents)
+        return jax.tree.leaves(found)
+
+    def backward_again(constants: Any, cotangents: Any) -> Any:
+        return jax.vjp(run(sloped, constants), *floats(constants[:count]))[1](tuple(cotangents))
+
+    linear = Linear(partial(forward, program), backward, partial(forward, sloped), backward_again)
+    dresults = tuple(linear((*leaves, *residuals), moving, results))
+    return (results, residuals), (dresults, tuple(jnp.zeros_like(x) for x in residuals))
 
 
 def _forward(
@@ -225,7 +281,7 @@ def _forward(
     arrays: Closures,
     ranges: KeyRanges,
 ) -> tuple[tuple[Array, Array], tuple[Any, ...]]:
-    """The result of :func:`_run`, and what the backward pass needs.
+    """The results, and what the backward pass needs beside the operands.
 
     ``arrays`` is what the functions of the program close over, by whether they apply the mask.
     """
@@ -252,7 +308,9 @@ def _forward(
         highest = jnp.full_like(rows, scores.lowest(accumulated), accumulated, rows.shape[:-1])
         sums = jnp.zeros_like(highest), jnp.zeros_like(rows, accumulated, (*highest.shape, value.shape[-1]))
         # A single range needs no sums of those before.
-        highest, total, out = _for_each_range(ranges, step, (highest, *(sums if ranges.starts.shape[0] > 1 else ())))
+        highest, total, out = _for_each_range(
+            program, ranges, step, (highest, *(sums if ranges.starts.shape[0] > 1 else ()))
+        )
         if sinks is not None:
             sink = program.take("h", sinks, tile_place).reshape(1, program.kv_heads, program.group)
             sink = jnp.repeat(sink, program.queries, -1)
@@ -271,8 +329,7 @@ def _forward(
     lse = jnp.where(has_keys, highest + log_total, -jnp.inf)
     # The backward pass has the output as it was before it is rounded, or gradients of half precision would suffer. It
     # has both parts of the log-sum-exp, for the sum would lose the second where the first is a large number.
-    residuals = query, key, value, bias, sinks, dropout, arrays, ranges, out, highest, log_total
-    return (out.astype(value.dtype), lse), residuals
+    return (out.astype(value.dtype), lse), (out, highest, log_total)
 
 
 def _backward(program: _Program, residuals: Any, cotangents: Any) -> Any:
@@ -319,7 +376,7 @@ def _backward(program: _Program, residuals: Any, cotangents: Any) -> Any:
             return dq, dk, dv, dbias, dfloats
 
         total, *sums = carry
-        dq, *sums = _for_each_range(ranges, step, (jnp.zeros_like(rows, accumulated), *sums))
+        dq, *sums = _for_each_range(program, ranges, step, (jnp.zeros_like(rows, accumulated), *sums))
         return program.put_rows(total, dq * program.before, tile_place), *sums
 
     def zeros(x: Array) -> Array:
@@ -335,9 +392,6 @@ def _backward(program: _Program, residuals: Any, cotangents: Any) -> Any:
     cotangents = dk, dv, *sums, dsinks
     dk, dv, dbias, dfloats, dsinks = jax.tree.map(lambda x, like: x.astype(like.dtype), cotangents, inputs)
     return dq, dk, dv, dbias, dsinks, None, {is_masked: (dfloats[is_masked], None) for is_masked in arrays}, None
-
-
-_run.defvjp(_forward, _backward)
 
 
 def _close(function: Callable[..., Any], *arguments: Any) -> tuple[Callable[..., Any], Closure]:
@@ -457,7 +511,8 @@ def attend(call: Call, block: tuple[int, int] | None = None) -> Any:
     key, value = _arrange(key, "bknd", program.key), _arrange(value, "bknd", program.value)
     arrays = {False: unmasked[1], True: masked[1]}
     sinks = None if call.sinks is None else jnp.asarray(call.sinks, products.dtype)
-    results: tuple[Array, Array] = _run(program, query, key, value, array, sinks, call.dropout, arrays, ranges)
+    results: tuple[Array, Array]
+    results, _ = _run(program, query, key, value, array, sinks, call.dropout, arrays, ranges)
     out, lse = (x[:, :query_length] for x in results)
     return (out, lse) if call.return_residual else out
 

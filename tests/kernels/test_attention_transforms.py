@@ -290,3 +290,35 @@ def test_a_step_of_decoding_reads_live_keys_alone_by_default() -> None:
     _, dead = decoding(2048, slice(0, 512))
     found = jaxmask.attention(**dead, mask=Causal(), offset=jnp.asarray(300))
     assert np.isfinite(found).all()
+
+
+@pytest.mark.parametrize("length", [150, 1300], ids=["one range of keys", "many ranges of keys"])
+@pytest.mark.parametrize("mode", ["forward", "forward of reverse", "reverse of forward", "reverse of reverse"])
+def test_every_mode_of_differentiation_is_possible_at_any_length(mode: str, length: int) -> None:
+    query, key, value, cotangent = (
+        jnp.asarray(np.random.default_rng(i).standard_normal((1, length, 2, 4)), jnp.float32) for i in range(4)
+    )
+
+    def derivative(implementation: Any) -> Any:
+        def f(x: jax.Array) -> jax.Array:
+            out: jax.Array = jaxmask.attention(
+                *(x, key + x, value * x, Causal()), logits_soft_cap=3.0, implementation=implementation
+            )
+            return (out * cotangent).sum()
+
+        def along(x: jax.Array) -> Any:
+            return jax.jvp(f, (x,), (value,))[1]
+
+        def against(x: jax.Array) -> Any:
+            return (jax.grad(f)(x) * value).sum()
+
+        modes: dict[str, Callable[[], Any]] = {
+            "forward": lambda: along(query),
+            "forward of reverse": lambda: jax.jvp(jax.grad(f), (query,), (value,))[1],
+            "reverse of forward": lambda: jax.grad(along)(query),
+            "reverse of reverse": lambda: jax.grad(against)(query),
+        }
+        return jax.jit(modes[mode])()
+
+    ours, plain = derivative("blocked"), derivative("xla")
+    np.testing.assert_allclose(ours, plain, atol=1e-4 * float(jnp.abs(plain).max()))
