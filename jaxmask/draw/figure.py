@@ -254,9 +254,8 @@ def _fonts() -> Iterator[tuple[str, str]]:
     yield from sorted((font.name, font.fname) for font in fontManager.ttflist if "Resort" not in font.name)
     # It lists fonts once, and keeps the list: those that were installed since then are missing.
     for path in sorted({*findSystemFonts()} - known):
-        with suppress(
-            Exception
-        ):  # as where it makes the list: any file may be damaged, or of a kind that it cannot draw
+        # As where it makes the list: any file may be damaged, or of a kind that it cannot draw.
+        with suppress(Exception):
             fontManager.addfont(path)
             yield fontManager.ttflist[-1].name, path
 

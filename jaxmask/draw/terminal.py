@@ -86,7 +86,7 @@ def show(
     room = console.width - margin
     # A bar before each outlined tile and one after the last.
     bars = 0 if block is None else -(-view.lengths[1] // size[1]) + 1
-    width = max((_cells(grapheme) for text in upright or [] for grapheme in text), default=1)
+    width = max([1, *(_cells(grapheme) for text in upright or [] for grapheme in text)])
     if view.lengths[0] <= _MAX_QUERIES and width * (view.lengths[1] + bars) <= room:
         tiles = None if block is None else view.tiles(size)
         _print_pairs(console, margin, view, tiles, rows, upright)

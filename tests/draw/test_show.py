@@ -394,6 +394,8 @@ def test_tokens_label_queries_and_keys() -> None:
         "  😀  ■ ■ ■ ·",
         "a\\nb  ■ ■ ■ ■",
     ]
+    # A column of nothing but an accent is as wide as any.
+    assert "tiles of" in drawn(Full(), 1, 90, tokens=["a"], key_tokens=["\u0301"] * 90, width=60)
     # An emoji of several characters is one, an accent takes no column, and an empty text is nothing.
     family = "👨\u200d👩\u200d👧"
     assert drawn(Full(), 1, 3, tokens=["a"], key_tokens=[family, "e\u0301", ""]).splitlines()[:2] == [
