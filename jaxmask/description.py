@@ -14,7 +14,7 @@ from typing import Any, ClassVar, dataclass_transform
 import jax
 import numpy as np
 
-from jaxmask import checks
+from jaxmask import checks, serialization
 from jaxmask.indices import Allowed, Index
 from jaxmask.native import Native
 from jaxmask.positions import Extent
@@ -119,7 +119,11 @@ class Description:
         return structure == other_structure and all(map(operator.is_, leaves, other_leaves))
 
     def __hash__(self) -> int:
-        return hash(jax.tree.structure(self))
+        # The hash of a structure does not see its integers, and the masks of many heads would all have the same.
+        children, (_, static) = self._flatten()
+        nested = (child if isinstance(child, tuple) else (child,) for child in children)
+        masks = tuple(mask for group in nested for mask in group if isinstance(mask, Description))
+        return hash((type(self), static, masks))
 
     def __repr__(self) -> str:
         arguments = [(getattr(self, field.name), field.default) for field in self._fields()]
@@ -145,6 +149,7 @@ class Description:
         dataclass(frozen=True, eq=False, repr=False)(cls)
         cls.__init__ = _says_what_it_takes(cls.__init__)
         jax.tree_util.register_pytree_with_keys(cls, cls._flatten_with_keys, cls._unflatten, cls._flatten)
+        serialization.register(cls, cls._of_saved)
 
     def __post_init__(self) -> None:
         # What a class says in its own `__post_init__` is called from here, when its integers are those of Python.
@@ -199,6 +204,19 @@ class Description:
         children, structure = self._flatten()
         keys = map(jax.tree_util.GetAttrKey, self._traced())
         return tuple(zip(keys, children, strict=True)), structure
+
+    @classmethod
+    def _of_saved(cls, structure: Any, children: Iterable[Any]) -> Any:
+        """A mask from a saved program, which must have the fields of this class."""
+        try:
+            traced, static = structure
+            found = {*traced, *dict(static)}
+        except (TypeError, ValueError):
+            found = set[str]()
+        expected = {field.name for field in cls._fields()}
+        if found != expected:
+            raise ValueError(f"{cls.__name__} has the fields {sorted(expected)}, but other ones in the saved program")
+        return cls._unflatten(structure, children)
 
     @classmethod
     def _unflatten(cls, structure: _Structure, children: Iterable[Any]) -> Any:

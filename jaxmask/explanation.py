@@ -5,12 +5,17 @@ from typing import Any, Unpack
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxmask import checks, spmd
 from jaxmask.dispatch import CANNOT_DIVIDE, DIVISIBLE, FUSED, LACKS, Implementation, Sharding, choose
+from jaxmask.indices import by_batch
 from jaxmask.kernels.call import Arguments, Call, checked_call, is_empty, known_elsewhere
 from jaxmask.kernels.key_ranges import key_ranges_of
 from jaxmask.mask import Mask
+
+# Of so many tiles the states are found in less than a second; of more, those of stripes of queries are.
+_MOST_TILES, _STRIPE = 2**21, 256
 
 
 @dataclass(frozen=True, repr=False)
@@ -21,7 +26,8 @@ class Explanation:
         implementation: its name.
         reason: why, in words.
         lacks: for each other implementation, what it lacks to do the same.
-        sparsity: the fraction of tiles of 128 queries and keys that are EMPTY; ``None`` where the mask is traced.
+        sparsity: the fraction of tiles of 128 queries and keys that are EMPTY; ``None`` where the mask is traced. Where
+            there are millions of tiles, this and the costs are estimated from evenly spaced queries.
         flops: of the two matrix products, in the ranges of keys that ``"blocked"`` reads, or of all scores where it is
             ``"xla"``; ``None`` if unknown.
         dense_flops: of the two matrix products with all scores.
@@ -119,11 +125,11 @@ def explain(
     elif not any(map(checks.is_traced, jax.tree.leaves((call.mask, call.positions)))):
         # The program of attention has every array as its argument, NumPy's too.
         mask, positions = jax.tree.map(jnp.asarray, (call.mask, call.positions))
-        call = replace(call, mask=mask, positions=positions)
+        call, share = _part(replace(call, mask=mask, positions=positions))
         sparsity = float(call.tiles((128, 128)).sparsity)
         ranges, queries, keys = key_ranges_of(call)
         sharing = batch * heads // (ranges.range_count.shape[0] * ranges.range_count.shape[1])
-        read = sharing * keys * int(ranges.range_count.sum())
+        read = int(sharing * keys * int(ranges.range_count.sum()) / share)
         pairs = read * queries
         moved = ends + read * (dim + dim_v) * itemsize // (heads // kv_heads)
     if chosen == "xla":
@@ -131,6 +137,24 @@ def explain(
     flops_of_pair = 2 * (dim + dim_v)
     flops = None if pairs is None else flops_of_pair * pairs
     return Explanation(chosen, reason, lacks, sparsity, flops, flops_of_pair * dense_pairs, moved, dense_bytes, devices)
+
+
+def _part(call: Call) -> tuple[Call, float]:
+    """A call of evenly spaced queries, where all of them have too many tiles to look at, and their share of all."""
+    batch, heads, _ = call.mask.shape
+    query_length, key_length = call.query.shape[1], call.key.shape[1]
+    stripes, keys = query_length // _STRIPE, -(-key_length // 128)
+    count = max(1, _MOST_TILES // (batch * heads * keys * (_STRIPE // 128)))
+    if count >= stripes:
+        return call, 1.0
+    first = ((np.arange(count) + 0.5) * stripes / count).astype(np.int32) * _STRIPE
+    index = (first[:, None] + np.arange(_STRIPE, dtype=np.int32)).reshape(-1)
+    at = call.positions
+    # In NumPy where all queries would be: what is static is found without a program.
+    positions = by_batch(at.start)[:, 0, :, 0] + index if at.queries is None else at.queries[..., index]
+    at = replace(at, query_length=index.size, first=None, queries=positions)
+    query = jax.ShapeDtypeStruct((call.query.shape[0], index.size, *call.query.shape[2:]), call.query.dtype)
+    return replace(call, query=query, positions=at), index.size / query_length
 
 
 def _unfit(name: str, call: Call) -> list[str]:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Int8
 
-from jaxmask import checks
+from jaxmask import checks, serialization
 from jaxmask.description import Description
 from jaxmask.indices import Allowed, library
 from jaxmask.positions import Offset, Positions, QueryPositions
@@ -113,6 +113,13 @@ class TileMap:
     def q_indices(self) -> Int[Array | np.ndarray, "batch heads kv_tiles q_tiles"]:
         """For each tile of keys, the tiles of queries: those that are not EMPTY first, each part in order."""
         return in_order((self.states == EMPTY).swapaxes(2, 3))
+
+
+serialization.register_dataclass(
+    TileMap,
+    data_fields=("states", "mask", "offset", "query_positions"),
+    meta_fields=("query_length", "key_length", "block"),
+)
 
 
 def in_order(last: Any) -> Any:

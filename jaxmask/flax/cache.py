@@ -12,10 +12,10 @@ from typing import Any, NamedTuple, SupportsIndex, Unpack
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
+from jax import export, lax
 from jaxtyping import Array, Bool, DTypeLike, Float, Int, Integer
 
-from jaxmask import checks
+from jaxmask import checks, serialization
 from jaxmask.dispatch import Implementation, Sharding, attention
 from jaxmask.kernels.call import Arguments
 from jaxmask.mask import Mask
@@ -303,6 +303,12 @@ class Cache(_Pytree):
                 )
             fits = fits & (after <= room)
         return Step(count, offset, self.tokens, after, fits)
+
+
+export.register_namedtuple_serialization(KeysAndValues, serialized_name="jaxmask.flax.cache.KeysAndValues")
+serialization.register_dataclass(Cache, data_fields=("layers", "tokens"), meta_fields=())
+serialization.register_dataclass(LayerCache, data_fields=("key", "value"), meta_fields=("is_ring",))
+serialization.register_dataclass(Step, data_fields=("offset", "before", "after", "fits"), meta_fields=("count",))
 
 
 def as_valid(valid: Valid, shape: tuple[int, ...]) -> Bool[Array | np.ndarray, "batch q"]:

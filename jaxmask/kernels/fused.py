@@ -16,6 +16,7 @@ from jaxtyping import Array
 
 from jaxmask.kernels.call import Call
 from jaxmask.mask import Full
+from jaxmask.positions import Positions
 
 # Its results do not say over which axes of the mesh they vary.
 _NO_CHECK = "inside of a shard_map it needs check_vma=False"
@@ -87,7 +88,7 @@ def by_jax_nn(call: Call, implementation: Literal["cudnn", "xla"]) -> Array:
 
 
 def splash_lacks(call: Call) -> list[str]:
-    """What keeps splash attention from doing this call. It says itself what it lacks of a mask."""
+    """What keeps splash attention from doing this call. It takes any mask, and says itself which shapes it takes."""
     limits = {
         "it takes no bias": call.bias is not None,
         "it takes no key_positions": call.positions.keys is not None,
@@ -97,7 +98,22 @@ def splash_lacks(call: Call) -> list[str]:
         ),
         _NO_CHECK: _is_checked(call),
     }
-    return _that_hold(limits) + _only_output(call) or _refusal(splash, call, TypeError, ValueError, NotImplementedError)
+    lacks = _that_hold(limits) + _only_output(call)
+    return lacks or _refusal(_splash_of_a_tile, call, TypeError, ValueError, NotImplementedError)
+
+
+def _splash_of_a_tile(call: Call) -> Array:
+    """Splash attention of one tile without a mask: to trace it for a mask takes as long as to run that mask.
+
+    The mask may take minutes, and what splash refuses follows from the shapes and from the block sizes alone.
+    """
+    from jaxmask.kernels.splash.blocks import default_blocks
+
+    sizes = default_blocks(call.query.shape[1], call.key.shape[1])
+    query = call.query[:1, : sizes.block_q]
+    key, value = (x[:1, : sizes.block_kv] for x in (call.key, call.value))
+    at = Positions(query.shape[1], key.shape[1], None, None, None, True)
+    return splash(replace(call, query=query, key=key, value=value, mask=Full(), positions=at))
 
 
 def splash(call: Call) -> Array:

@@ -1,5 +1,6 @@
 """Masks made of something else: of a function, of another mask for each head."""
 
+import math
 import operator
 from collections.abc import Callable, Iterator, Sequence
 from functools import reduce
@@ -9,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxmask import checks
-from jaxmask.indices import Allowed, Index
+from jaxmask.indices import Allowed, Index, along, is_static
 from jaxmask.mask import Mask, common_shape
 from jaxmask.positions import Extent, KeyPositions
 from jaxmask.spans import Bounds, Span
@@ -165,8 +166,8 @@ class PerHead(Mask):
 
     def tile_bounds(self, b: Index, h: Index, q: Span, kv: Span) -> Bounds:
         bounds = [(is_own, *mask.tile_bounds(b, h, q, kv)) for mask, is_own in self._heads(h)]
-        some = reduce(operator.or_, (is_own & some for is_own, some, _ in bounds))
-        every = reduce(operator.or_, (is_own & every for is_own, _, every in bounds))
+        some = _of_heads([(is_own, some) for is_own, some, _ in bounds])
+        every = _of_heads([(is_own, every) for is_own, _, every in bounds])
         return some, every
 
     def _heads(self, h: Index) -> Iterator[tuple[Mask, Allowed]]:
@@ -177,3 +178,17 @@ class PerHead(Mask):
         for mask, own in heads.items():
             # A single mask serves every head, as a size of 1 does.
             yield mask, True if len(self.masks) == 1 else reduce(operator.or_, (h == head for head in own))
+
+
+def _of_heads(answers: list[tuple[Allowed, Allowed]]) -> Allowed:
+    """Each answer at its own heads, from pairs of whether a head is one of them and the answer for one head."""
+    shapes = [np.shape(array) for pair in answers for array in pair]
+    are_of_heads = all(shape == along(1, math.prod(shape)) for shape in shapes[::2])
+    are_of_one_head = all(shape[1:2] in ((), (1,)) for shape in shapes[1::2])
+    if not (is_static(answers) and are_of_heads and are_of_one_head):
+        return reduce(operator.or_, (is_own & answer for is_own, answer in answers))
+    # The same, in time for as many tiles as there are, and not for as many times as there are heads.
+    joined = np.zeros(np.broadcast_shapes(*shapes), np.bool_)
+    for is_own, answer in answers:
+        joined[:, np.reshape(is_own, -1)] = answer
+    return joined

@@ -1,6 +1,9 @@
 """One exported program serves every platform and every batch size, with the bits of the direct call."""
 
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -31,6 +34,7 @@ from jaxmask import (
     prepare_4d_attention_mask_for_sdpa,
     prepare_4d_causal_attention_mask,
     prepare_4d_causal_attention_mask_for_sdpa,
+    serialization,
     unmask_unattended,
 )
 
@@ -193,3 +197,98 @@ def test_tiles_export_with_symbolic_lengths_in_whole_tiles() -> None:
 @pytest.mark.parametrize("operation", OPERATIONS.values(), ids=OPERATIONS)
 def test_operation_exports_with_a_symbolic_batch(operation: Operation) -> None:
     assert_exports(operation, inputs)
+
+
+def saved(function: Callable[..., Any], *arguments: Any) -> Any:
+    """A program that was exported for these arguments, saved and read again."""
+    return export.deserialize(export.export(jax.jit(function))(*arguments).serialize())
+
+
+@pytest.mark.parametrize("name", [name for name in MASKS if name != "Predicate"])
+def test_a_mask_may_be_an_argument_of_a_saved_program(name: str) -> None:
+    mask = MASKS[name](*mask_inputs(3))
+
+    def dense(mask: Mask) -> jax.Array:
+        return mask.dense(Q, KV, offset=PAST)
+
+    np.testing.assert_array_equal(saved(dense, mask).call(mask), dense(mask))
+
+
+def test_a_saved_program_is_for_one_structure_of_masks() -> None:
+    program = saved(lambda mask: mask.dense(Q, Q), SlidingWindow(2) & Prefix(jnp.int32(1)))
+    expected = (SlidingWindow(2) & Prefix(3)).dense(Q, Q)
+    np.testing.assert_array_equal(program.call(SlidingWindow(2) & Prefix(jnp.int32(3))), expected)
+    for other in (SlidingWindow(3) & Prefix(jnp.int32(1)), Prefix(jnp.int32(1)), Causal() & Prefix(jnp.int32(1))):
+        with pytest.raises(ValueError, match="same pytree structure"):
+            program.call(other)
+
+
+def test_a_program_may_be_saved_that_returns_a_mask_and_its_tiles() -> None:
+    def tiled(mask: Mask) -> Any:
+        return ~mask, mask.tiles(8, 8, block=2)
+
+    mask = Causal() & Padding(jnp.arange(8)[None] < 5)
+    inverse, tiles = saved(tiled, mask).call(mask)
+    np.testing.assert_array_equal(inverse.dense(8, 8), (~mask).dense(8, 8))
+    np.testing.assert_array_equal(saved(lambda tiles: tiles.kv_indices, tiles).call(tiles), tiled(mask)[1].kv_indices)
+
+
+def test_a_mask_of_a_user_may_be_an_argument_of_a_saved_program() -> None:
+    class Diagonal(Mask):
+        shift: Any
+
+        def allows(self, b: Any, h: Any, q: Any, kv: Any) -> Any:
+            return kv == q + self.shift
+
+    for shift in (1, jnp.int32(1)):
+        program = saved(lambda mask: mask.dense(3, 3), Diagonal(shift))
+        np.testing.assert_array_equal(program.call(Diagonal(shift))[0, 0], np.eye(3, k=1, dtype=bool))
+
+
+def test_a_function_is_not_saved() -> None:
+    with pytest.raises(
+        ValueError, match="Predicate holds a function, which cannot be saved with a program: close over"
+    ):
+        saved(lambda mask: mask.dense(Q, Q, batch=1), Predicate(strided))
+
+
+@pytest.mark.parametrize(
+    "static",
+    [
+        *(b"", b"{", b"null", b"3", b'{"a": 1}', b"[[], []]", b"[" * 100_000, b"\x80\x04\x95", b'[[["size"]], []]'),
+        *(b'[["size"], [["allows", 3]]]', b'[["size"], [["size", {}]]]', b'[[], [["size", "__import__"]], 3]'),
+    ],
+)
+def test_what_a_saved_program_says_of_a_mask_is_checked(static: bytes) -> None:
+    mask = SlidingWindow(7)
+    program = export.export(jax.jit(lambda mask: mask.dense(3, 3)))(mask).serialize()
+    known = b'[[], [["size", 7]]]'
+    assert known in bytes(program)
+    if len(static) <= len(known):
+        # In its place, and of its length.
+        changed = bytes(program).replace(known, static.ljust(len(known)))
+        with pytest.raises(ValueError, match="SlidingWindow"):
+            export.deserialize(bytearray(changed))
+    with pytest.raises(ValueError, match="SlidingWindow"):
+        SlidingWindow._of_saved(serialization._read(SlidingWindow, static), [])  # pyright: ignore[reportPrivateUsage]
+
+
+def test_to_read_a_saved_program_runs_no_code_of_it(tmp_path: Path) -> None:
+    mask = PerHead([Causal(), SlidingWindow(3) & Padding(jnp.ones((1, 4), bool))])
+    program = export.export(jax.jit(lambda mask: (mask.dense(4, 4), mask.tiles(4, 4, block=2))))(mask)
+    (tmp_path / "program").write_bytes(program.serialize())
+    reader = (
+        "import sys, jaxmask, jax, flatbuffers\n"
+        "from jax import export\n"
+        "def read():\n"
+        "    return export.deserialize(bytearray(open(sys.argv[1], 'rb').read()))\n"
+        "read()\n"  # imports what it needs
+        "sys.addaudithook(lambda event, _: events.append(event))\n"
+        "events = []\n"
+        "read()\n"
+        "print(sorted({event for event in events if event in ('exec', 'compile', 'import', 'pickle.find_class')}))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", reader, tmp_path / "program"], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "[]"

@@ -324,3 +324,23 @@ def test_numpy_integers_become_python_integers() -> None:
 
 def test_the_old_name_of_keys_and_values_still_works() -> None:
     assert Seen is KeysAndValues
+
+
+def test_a_cache_may_be_an_argument_of_a_saved_program() -> None:
+    cache = Cache.empty(2, 8, layers=[None, 4], kv_heads=1, dim=4)
+    valid = jnp.array([[False, False, True], [True, True, True]])
+
+    def run(cache: Cache, x: jax.Array, valid: jax.Array) -> Any:
+        step, layers, seen = cache.step(x.shape[1], valid), [], []
+        for layer in cache.layers:
+            layer, keys = layer.update(step, x, x)
+            layers.append(layer)
+            seen.append(keys)
+        return step.end(layers), step, seen
+
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((2, 3, 1, 4)), jnp.float32)
+    exported = jax.export.export(jax.jit(run))(cache, x, valid)
+    found = jax.export.deserialize(exported.serialize()).call(cache, x, valid)
+    expected = jax.jit(run)(cache, x, valid)
+    assert jax.tree.structure(found) == jax.tree.structure(expected)
+    jax.tree.map(np.testing.assert_array_equal, found, expected)

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from time import perf_counter
 from typing import Any
 
 import jax
@@ -13,7 +14,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import jaxmask
-from jaxmask import Causal, Full, Mask, Padding, PerHead, Predicate, Prefix, Segments, SlidingWindow, Window
+from jaxmask import (
+    Causal,
+    Chunked,
+    Dense,
+    Full,
+    Mask,
+    Padding,
+    PerHead,
+    Predicate,
+    Prefix,
+    Segments,
+    SlidingWindow,
+    Window,
+    explanation,
+)
 from jaxmask.kernels import blocked, fused
 from jaxmask.kernels.call import checked_call
 from tests.helpers.strategies import Described, Problem, described, problems
@@ -590,3 +605,42 @@ def test_an_array_of_numpy_is_explained_as_one_of_jax_for_the_program_has_it_as_
     valid = np.arange(2048)[None] < 600
     by_numpy, by_jax = (jaxmask.explain(x, x, x, Padding(array)) for array in (valid, jnp.asarray(valid)))
     assert by_numpy == by_jax
+
+
+def test_a_mask_of_many_heads_is_explained_at_once() -> None:
+    heads, length = 128, 131_072
+    x = jax.ShapeDtypeStruct((1, length, heads, 64), jnp.float32)
+    mask = PerHead([Causal() & (SlidingWindow(64 * head + 64) | Prefix(head)) for head in range(heads)])
+    jaxmask.explain(x, x, x, Causal())
+    start = perf_counter()
+    found = jaxmask.explain(x, x, x, mask)
+    # It took minutes. The limit leaves room for a machine that does other things, too.
+    assert perf_counter() - start < 5
+    # The windows alone, of 128 heads: their area, and half a tile at either end.
+    read = sum((64 * head + 64 + 128) * (length - 32 * head) for head in range(heads)) / (heads * length**2)
+    assert found.sparsity is not None
+    assert abs(1 - found.sparsity - read) < 0.01
+    assert found.flops is not None
+    assert read < found.flops / found.dense_flops < read + 0.02
+
+
+def test_what_is_explained_of_some_queries_is_near_to_what_is_of_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = jax.ShapeDtypeStruct((2, 8192, 4, 64), jnp.float32)
+    starts = jnp.array([0, 100])
+    for mask in (Causal(), SlidingWindow(700), Causal() & Prefix(3000), ~Causal() | Chunked(1000, starts)):
+        everything = jaxmask.explain(x, x, x, mask)
+        with monkeypatch.context() as patch:
+            patch.setattr(explanation, "_MOST_TILES", 2048)
+            part = jaxmask.explain(x, x, x, mask)
+        assert part.sparsity == pytest.approx(everything.sparsity, abs=0.02)
+        assert part.flops == pytest.approx(everything.flops, rel=0.1)
+        assert part.bytes == pytest.approx(everything.bytes, rel=0.1)
+        assert part.implementation == everything.implementation
+
+
+def test_splash_takes_any_mask_and_not_any_shape() -> None:
+    x = jnp.ones((1, 256, 4, 64))
+    for mask in (Dense(np.eye(256, dtype=bool)), PerHead([Causal(), Full(), Prefix(3), SlidingWindow(jnp.array(2))])):
+        assert fused.splash_lacks(checked_call(x, x, x, mask)) == []
+    ragged = checked_call(x[:, :200], x, x, Causal(), offset=0)
+    assert "query_length must be a multiple of 128" in fused.splash_lacks(ragged)[0]
