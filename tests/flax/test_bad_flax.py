@@ -12,6 +12,7 @@ from flax import nnx
 import jaxmask
 from jaxmask import Causal, Prefix, Segments, SlidingWindow, Window, zoo
 from jaxmask.flax import (
+    T5,
     Cache,
     Decoder,
     DecoderConfig,
@@ -19,6 +20,7 @@ from jaxmask.flax import (
     EncoderConfig,
     Llama3Scaling,
     Rope,
+    T5Config,
     generate,
     left_pad,
 )
@@ -273,6 +275,41 @@ GENERATE = [
     bad("text", lambda: left_pad(["hello"]), TYPE, "sequences of ints, but prompt 0"),  # pyright: ignore[reportArgumentType]
 ]
 
+T5_MODEL = T5(T5Config(16, dim=8, hidden_dim=8, layers=1, heads=2, head_dim=4), rngs=nnx.Rngs(0))
+ENCODER_DECODER = [
+    bad("size", lambda: T5Config(16, 8, 8, layers=0, heads=2, head_dim=4), VALUE, "layers must be at least 1", "got 0"),
+    bad(
+        "few-buckets",
+        lambda: T5Config(16, 8, 8, layers=1, heads=2, head_dim=4, buckets=2),
+        VALUE,
+        "buckets must be at least 4",
+        "got 2",
+    ),
+    bad(
+        "many-buckets",
+        lambda: T5Config(16, 8, 8, layers=1, heads=2, head_dim=4, buckets=32, max_distance=16),
+        VALUE,
+        r"less than 2 \* max_distance, 32, got 32",
+    ),
+    bad("text", lambda: T5_MODEL.read(cast(Any, VALID)), TYPE, "tokens must be integer", r"bool\[2, 3\]"),
+    bad("valid", lambda: T5_MODEL.encode(TOKENS, VALID[:, :2]), VALUE, r"valid must be .*\[2, 3\]", r"bool\[2, 2\]"),
+    bad("valid-tokens", lambda: T5_MODEL.read(TOKENS, TOKENS), VALUE, "valid must be bool, or of 0 and 1"),
+    bad(
+        "answers",
+        lambda: T5_MODEL.read(TOKENS)(TOKENS[:1]),
+        VALUE,
+        "tokens must have a row for each of the 2 texts",
+        r"int32\[1, 3\]",
+    ),
+    bad(
+        "answers-generated",
+        lambda: generate(T5_MODEL.read(TOKENS), TOKENS[:1], max_new_tokens=2),
+        VALUE,
+        "tokens must have a row for each of the 2 texts",
+    ),
+]
+
+test_bad_encoder_decoders = refusals(ENCODER_DECODER)
 test_bad_caches = refusals(CACHE)
 test_bad_configs = refusals(CONFIG)
 test_bad_texts = refusals(DECODER)

@@ -38,7 +38,7 @@ class T5Config:
 
     Raises:
         TypeError: a size is not an integer.
-        ValueError: a size is less than 1.
+        ValueError: a size is less than 1, or buckets are too few, or too many for the distance.
     """
 
     vocab_size: int
@@ -54,6 +54,12 @@ class T5Config:
     def __post_init__(self) -> None:
         sizes = "vocab_size", "dim", "hidden_dim", "layers", "heads", "head_dim", "buckets", "max_distance"
         convert_sizes(self, *sizes)
+        # Half of the buckets are of one distance each, and in the encoder half are for each direction.
+        if not 4 <= self.buckets < 2 * self.max_distance:
+            raise ValueError(
+                f"buckets must be at least 4 and less than 2 * max_distance, {2 * self.max_distance}, got "
+                f"{self.buckets}"
+            )
 
 
 def bucket(distance: Int[Array, "..."], buckets: int, max_distance: int, both_ways: bool) -> Int[Array, "..."]:
