@@ -235,6 +235,21 @@ def some(name: str, value: Any, what: str) -> Any:
     return value
 
 
+def bools(name: str, array: Any) -> Any:
+    """An array of bools, or of integers 0 and 1, as bools; a ``ValueError`` where, in NumPy, there are other integers.
+
+    In a JAX array, all integers but 0 are true.
+    """
+    if array.dtype == np.bool_:
+        return array
+    if isinstance(array, np.ndarray) and array.size and not 0 <= array.min() <= array.max() <= 1:
+        raise ValueError(
+            f"{name} must be bool, or of 0 and 1, got {describe(array)} from {array.min()} to {array.max()}; "
+            "make it bool by `ids != pad` from token ids, or by `bias == 0` from an additive bias"
+        )
+    return array != 0
+
+
 def key(name: str, value: Any) -> Any:
     """``value``, one key of ``jax.random``, of the new kind or the old."""
     is_key = isinstance(value, jax.Array) and (

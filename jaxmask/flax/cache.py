@@ -19,7 +19,7 @@ from jaxmask import checks, serialization
 from jaxmask.dispatch import Implementation, Sharding, attention
 from jaxmask.kernels.call import Arguments
 from jaxmask.mask import Mask
-from jaxmask.masks import Window, as_bools
+from jaxmask.masks import Window
 
 Valid = Bool[Array | np.ndarray, "batch q"] | Integer[Array | np.ndarray, "batch q"]
 
@@ -319,7 +319,7 @@ def as_valid(valid: Valid, shape: tuple[int, ...]) -> Bool[Array | np.ndarray, "
             f"{checks.describe(valid)}"
         )
     is_known = valid.dtype != np.bool_ and not checks.is_traced(valid)
-    return as_bools("valid", np.asarray(valid) if is_known else valid)
+    return checks.bools("valid", np.asarray(valid) if is_known else valid)
 
 
 def consecutive(

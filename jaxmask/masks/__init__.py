@@ -4,7 +4,7 @@ Each says what it means in ``allows``, for pairs, and again in ``tile_bounds``, 
 """
 
 from jaxmask.mask import Empty, Full
-from jaxmask.masks.arrays import Dense, Padding, Segments, as_bools, refuse_other_keys
+from jaxmask.masks.arrays import Dense, Padding, Segments, refuse_other_keys
 from jaxmask.masks.composed import PerHead, Predicate
 from jaxmask.masks.positional import Causal, Chunked, Prefix, SlidingWindow, Window
 
@@ -21,6 +21,5 @@ __all__ = [
     "Segments",
     "SlidingWindow",
     "Window",
-    "as_bools",
     "refuse_other_keys",
 ]

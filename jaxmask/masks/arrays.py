@@ -22,12 +22,12 @@ class Padding(Mask):
     Source: ``padding_mask_function`` in Transformers' ``masking_utils``.
 
     Args:
-        valid: bool or 0/1 integers ``[batch, kv]``, as of a tokenizer; true where there is a token and no padding. In a
-            JAX array, whose contents are not looked at, all integers but 0 are true.
+        valid: bool or integer ``[batch, kv]``, as of a tokenizer; true, or not zero, where there is a token and no
+            padding.
 
     Raises:
         TypeError: ``valid`` is no array of bools or integers (an additive bias, a torch tensor).
-        ValueError: ``valid`` has another rank, or, in NumPy, integers other than 0 and 1.
+        ValueError: ``valid`` has another rank.
 
     >>> Padding(jnp.array([[0, 1, 1]])).dense(1, 3)
     Array([[[[False,  True,  True]]]], dtype=bool)
@@ -45,7 +45,7 @@ class Padding(Mask):
             raise ValueError(f"valid must be [batch, kv], got {checks.describe(self.valid)}; {hint}")
         if isinstance(self.valid, np.ndarray):
             # Before JAX, without 64-bit mode, cuts an int64 in half.
-            self._set(valid=as_bools("valid", self.valid))
+            self._set(valid=self.valid != 0)
 
     @property
     def shape(self) -> checks.Shape:
@@ -249,21 +249,6 @@ class Dense(Mask):
         # All that is known of these pairs is what was given for each.
         allowed = self.allows(b, h, q.positions, kv.positions)
         return kv.most(q.most(allowed)), kv.least(q.least(allowed))
-
-
-def as_bools(name: str, array: Any) -> Any:
-    """An array of bools, or of integers 0 and 1, as bools; a ``ValueError`` where, in NumPy, there are other integers.
-
-    In a JAX array, all integers but 0 are true.
-    """
-    if array.dtype == np.bool_:
-        return array
-    if isinstance(array, np.ndarray) and array.size and not 0 <= array.min() <= array.max() <= 1:
-        raise ValueError(
-            f"{name} must be bool, or of 0 and 1, got {checks.describe(array)} from {array.min()} to {array.max()}; "
-            "make it bool by `ids != pad` from token ids, or by `bias == 0` from an additive bias"
-        )
-    return array != 0
 
 
 def _to_bool(name: str) -> str:

@@ -126,14 +126,6 @@ TABLE = [
         r"Prefix\(lengths\)",
     ),
     # Masks: their arguments.
-    bad(
-        "padding-tokens",
-        lambda: lib.Padding(IDS + 1),
-        VALUE,
-        "valid must be bool, or of 0 and 1",
-        "from 2 to 2",
-        "ids != pad",
-    ),
     bad("padding-rank", lib.Padding, VALUE, "valid", r"bool\[5\]", r"\[batch, kv\]", argument=VALID[0]),
     bad("padding-float", lib.Padding, TYPE, "valid", r"float32\[2, 5\]", "bool or integer", argument=jnp.ones((2, 5))),
     bad("padding-torch", lambda: lib.Padding(TENSOR), TYPE, "valid", TENSOR_CAME, "JAX or NumPy array", TO_JAX),

@@ -14,7 +14,7 @@ from jaxmask.dispatch import Implementation, attention
 from jaxmask.flax.cache import Valid
 from jaxmask.flax.models.layers import Linear, convert_sizes, embed
 from jaxmask.mask import Full, Mask
-from jaxmask.masks import Padding, as_bools
+from jaxmask.masks import Padding
 
 Tokens = Integer[Array | np.ndarray, "batch length"]
 Hidden = Float[Array, "batch length dim"]
@@ -131,7 +131,7 @@ class Encoder(nnx.Module):
                 f"{checks.describe(tokens)}; cut the text"
             )
         types = jnp.zeros_like(tokens) if token_types is None else _like(tokens, "token_types", token_types, "i")
-        is_token = None if valid is None else as_bools("valid", _like(tokens, "valid", valid, "bi"))
+        is_token = None if valid is None else checks.bools("valid", _like(tokens, "valid", valid, "bi"))
         mask = Full() if is_token is None else Padding(is_token)
         embedded = embed("tokens", tokens, self.words, is_token) + embed("token_types", types, self.types, is_token)
         hidden = self.norm(embedded + self.positions(jnp.arange(length)[None]))
@@ -160,7 +160,7 @@ def mean_pool(hidden: Float[Array | np.ndarray, "batch length dim"], valid: Vali
     Array([[2.]], dtype=float32)
     """
     checks.array("hidden", hidden, "f", 3)
-    counted = jnp.asarray(as_bools("valid", _like(hidden[..., 0], "valid", valid, "bi")))[..., None]
+    counted = jnp.asarray(checks.bools("valid", _like(hidden[..., 0], "valid", valid, "bi")))[..., None]
     # In float32 at least: bfloat16 holds no exact count, and no long sum.
     total = jnp.where(counted, hidden, 0).sum(1, dtype=checks.at_least_float32(hidden.dtype))
     return (total / jnp.maximum(counted.sum(1), 1)).astype(hidden.dtype)
