@@ -150,7 +150,7 @@ class _Division(NamedTuple):
     Args:
         specs: the call with the :class:`PartitionSpec` of each array in its place.
         by_index: for each part of the mask that ``&``, ``|`` and ``~`` combine, whether it looks at the index of the
-            example itself, and whether at that of the head.
+            example itself, and whether at that of the head, where these are divided.
     """
 
     specs: Call
@@ -240,6 +240,7 @@ def _divide(call: Call, placement: Placement) -> _Division:
 
     units, structure = jax.tree.flatten(call.mask, is_leaf=_is_unit)
     reads = [_read(unit, (call.query.shape[0], call.query.shape[2])) for unit in units]
+    by_index = [read.by_index for read in reads]
     of_axis = {"b": examples, "h": heads}
     of_units = [
         jax.tree.unflatten(
@@ -268,7 +269,8 @@ def _divide(call: Call, placement: Placement) -> _Division:
         sinks=along(call.sinks, heads),
         dropout=whole(call.dropout),
     )
-    return _Division(specs, [read.by_index for read in reads])
+    divided = bool(examples), bool(heads)
+    return _Division(specs, [(reads_b and divided[0], reads_h and divided[1]) for reads_b, reads_h in by_index])
 
 
 def _local(part: Call, placement: Placement, division: _Division, first: tuple[Any, Any]) -> Call:
@@ -278,6 +280,9 @@ def _local(part: Call, placement: Placement, division: _Division, first: tuple[A
     units, structure = jax.tree.flatten(part.mask, is_leaf=_is_unit)
     units = [
         _AtShard(unit, first[0] if of_example else 0, first[1] if of_head else 0, batch, heads)
+        # Any other is itself, for kernels know it.
+        if of_example or of_head or unit.shape[0] > batch or unit.shape[1] > heads
+        else unit
         for unit, (of_example, of_head) in zip(units, division.by_index, strict=True)
     ]
     if placement.heads and part.key.shape[2] % placement.shards(placement.heads):

@@ -15,8 +15,10 @@ from jax.sharding import PartitionSpec as P
 from jax.tree_util import Partial
 
 import jaxmask
-from jaxmask import Causal, Dense, Full, Mask, Padding, PerHead, Predicate, Prefix, Segments, SlidingWindow
+from jaxmask import Causal, Dense, Full, Mask, Padding, PerHead, Predicate, Prefix, Segments, SlidingWindow, spmd
+from jaxmask.kernels.call import checked_call
 from jaxmask.kernels.dropout import Dropout
+from jaxmask.mask import And
 from tests.helpers.bad import bad, refusals
 from tests.helpers.programs import collectives
 from tests.kernels.test_attention import (
@@ -310,3 +312,31 @@ def test_a_kernel_of_others_says_what_it_needs_of_a_shard_map(checks: bool) -> N
 
     jax.eval_shape(shard, jnp.zeros((4, 256, 2, 64)))
     assert ("not splash: it is made for TPU; inside of a shard_map it needs check_vma=False" in said[0]) == checks
+
+
+def test_a_shard_of_a_mask_that_kernels_know_is_one_that_they_know() -> None:
+    mask = SlidingWindow(64) & Prefix(jnp.array([100, 200, 300, 400])) & Segments(jnp.zeros((4, 512), int))
+    placed, placement = spmd.placed(checked_call(WHOLE, WHOLE, WHOLE, mask), NamedSharding(MESH, SPEC))
+    assert placement is not None
+    kinds = spmd.ask_shard(placed, placement, lambda part: [type(each) for each in part.mask.parts()])
+    assert kinds == [And, SlidingWindow, Prefix, Segments]
+
+
+def test_masks_of_heads_stay_as_they_are_where_heads_are_whole() -> None:
+    mask = PerHead([Causal(), Full(), Full(), Full()])
+    placed, placement = spmd.placed(checked_call(WHOLE, WHOLE, WHOLE, mask), NamedSharding(MESH, P("data")))
+    assert placement is not None
+    assert isinstance(spmd.ask_shard(placed, placement, lambda part: part.mask), PerHead)
+
+
+def test_functions_may_close_over_what_is_traced_where_axes_are_automatic() -> None:
+    arrays, _ = arrays_of(24, 24)
+    slopes, allowed = random(7, HEADS), random(9, 24) > 0
+
+    def attend(arrays: Arrays, slopes: Any, allowed: Any, sharding: Any) -> Any:
+        mask = Predicate(lambda b, h, q, kv: allowed[kv] | (kv == q))
+        return jaxmask.attention(**arrays, mask=mask, bias=lambda b, h, q, kv: slopes[h] * kv, sharding=sharding)
+
+    run = jax.jit(attend, static_argnums=3)
+    found = run(put_all(MESH, arrays), slopes, allowed, NamedSharding(MESH, SPEC))
+    np.testing.assert_allclose(found, run(arrays, slopes, allowed, P()), rtol=1e-5, atol=1e-5)
