@@ -7,6 +7,7 @@ import re
 import sys
 from collections.abc import Generator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from textwrap import shorten
 from typing import Any
 from unittest.mock import patch
@@ -17,7 +18,7 @@ import numpy as np
 from jax.sharding import AxisType, PartitionSpec
 
 from jaxmask import Causal, Chunked, Dense, Padding, PerHead, Predicate, Prefix, Segments, SlidingWindow, Window, zoo
-from jaxmask.dispatch import CANNOT_DIVIDE, DIVISIBLE, FUSED, LACKS, RUN
+from jaxmask.dispatch import FUSED, LACKS, RUN, drawbacks
 from jaxmask.kernels.call import Call, checked_call
 
 BATCH, LENGTH, HEADS, DIM = 2, 256, 4, 64
@@ -120,12 +121,12 @@ def lacks(
     name: str, *, dtype: Any = jnp.bfloat16, check_vma: bool | None = None, left_to_xla: bool = False, **arguments: Any
 ) -> list[str]:
     """What an implementation lacks to do a call of attention, on the platform that it is made for."""
-    found = [CANNOT_DIVIDE] if left_to_xla and name not in DIVISIBLE else []
+    found: list[str] = []
 
     def ask(shape: Any) -> Any:
         given: dict[str, Any] = {"query": shape, "key": shape, "value": shape, "mask": None, **arguments}
-        call = checked_call(**given)
-        found.extend(LACKS[name](call) if name in LACKS else [])
+        call = replace(checked_call(**given), is_left_to_xla=left_to_xla)
+        found.extend(LACKS[name](call) or drawbacks(name, call) if name in LACKS else [])
         return shape
 
     shape = jax.ShapeDtypeStruct((BATCH, LENGTH, HEADS, DIM), dtype)

@@ -35,7 +35,6 @@ OURS = ("xla", "blocked")
 FUSED = {"gpu": ("cudnn", "tokamax"), "tpu": ("splash", "tokamax")}
 # What XLA divides over devices by itself.
 DIVISIBLE = ("cudnn", *OURS)
-CANNOT_DIVIDE = "XLA cannot divide it over devices: say sharding=, that of the query"
 # Up to so many queries and keys, there is nothing to gain by cutting the scores into tiles.
 _SMALL = 128
 
@@ -193,6 +192,16 @@ def attention(
     return spmd.attend(call, placement, RUN[name], name in OURS)
 
 
+def drawbacks(name: str, call: Call) -> list[str]:
+    """Why a kernel that could do a call is not chosen unless it is asked for."""
+    found: list[str] = []
+    if call.is_left_to_xla and name not in DIVISIBLE:
+        found.append("XLA cannot divide it over devices: say sharding=, that of the query")
+    if name == "tokamax" and fused.tokamax_writes_all_pairs(call):
+        found.append("its gradients write an array of all pairs")
+    return found
+
+
 def choose(call: Call, implementation: str | None) -> tuple[str, str]:
     """The implementation, and why."""
     if is_empty(call.query, call.key):
@@ -212,7 +221,7 @@ def choose(call: Call, implementation: str | None) -> tuple[str, str]:
     if any(map(jax.export.is_symbolic_dim, (query_length, key_length))):
         return "xla", "the lengths are symbolic, and no tile could have a number of queries and keys"
     for name in FUSED.get(call.platform, ()):
-        if (name in DIVISIBLE or not call.is_left_to_xla) and not LACKS[name](call):
+        if not LACKS[name](call) and not drawbacks(name, call):
             return name, f"it is a fused kernel of the {call.platform.upper()}, and takes all of the arguments"
     if max(query_length, key_length) <= _SMALL:
         return "xla", f"at most {_SMALL} queries and keys are too few to gain by tiles"

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxmask import checks, spmd
-from jaxmask.dispatch import CANNOT_DIVIDE, DIVISIBLE, FUSED, LACKS, Implementation, Sharding, choose
+from jaxmask.dispatch import FUSED, LACKS, Implementation, Sharding, choose, drawbacks
 from jaxmask.indices import by_batch
 from jaxmask.kernels.call import Arguments, Call, checked_call, is_empty, known_elsewhere
 from jaxmask.kernels.key_ranges import key_ranges_of
@@ -160,5 +160,5 @@ def _part(call: Call) -> tuple[Call, float]:
 def _unfit(name: str, call: Call) -> list[str]:
     made_for = [platform.upper() for platform, names in FUSED.items() if name in names]
     elsewhere = [] if call.platform.upper() in made_for else [f"it is made for {' and '.join(made_for)}"]
-    elsewhere += [CANNOT_DIVIDE] if call.is_left_to_xla and name not in DIVISIBLE else []
-    return elsewhere + [lack for lack in LACKS[name](call) if not (elsewhere and lack.startswith("it needs"))]
+    lacks = [lack for lack in LACKS[name](call) if not (elsewhere and lack.startswith("it needs"))]
+    return elsewhere + (lacks or drawbacks(name, call))

@@ -1,6 +1,7 @@
 """The table in the docs of what each implementation takes is what the code says now."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -16,3 +17,22 @@ def test_the_table_in_the_docs_is_what_the_code_says() -> None:
     assert printed == (ROOT / "docs" / "implementations.md").read_text(encoding="utf-8"), (
         "python docs/implementations.py > docs/implementations.md"
     )
+
+
+def test_a_kernel_whose_gradients_write_all_pairs_is_not_chosen() -> None:
+    program = """
+import implementations as docs
+import jaxmask
+docs.H100.compute_capability, docs.H100.device_kind = "8.0", "NVIDIA A100-SXM4-40GB"
+x = docs.jax.ShapeDtypeStruct((2, 1024, 4, 64), docs.jnp.float16)
+with docs.simulated("tokamax"):
+    for mask in (jaxmask.Prefix(100), jaxmask.Window(10, 10)):
+        print(jaxmask.explain(x, x, x, mask))
+"""
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'docs'}", "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-c", program]
+    printed = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+    of_prefix, of_window = re.split(r"^(?=\w)", printed, flags=re.MULTILINE)[1:]
+    assert "all pairs" not in of_prefix
+    assert of_window.startswith("blocked:")
+    assert "not tokamax: its gradients write an array of all pairs" in of_window

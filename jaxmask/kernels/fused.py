@@ -66,6 +66,29 @@ def tokamax_lacks(call: Call) -> list[str]:
     return lacks or _refusal(_with_gradients(tokamax), call, NotImplementedError, ExceptionGroup, TypeError, ValueError)
 
 
+def tokamax_writes_all_pairs(call: Call) -> bool:
+    """Whether tokamax, forward or backward, writes an array of all pairs, beside a bias that is one."""
+    if call.platform == "cpu" or call.bias is not None:
+        return False
+    pairs = call.query.shape[1], call.key.shape[1]
+
+    def writes(jaxpr: Any) -> bool:
+        return any(
+            any(getattr(out.aval, "shape", ())[-2:] == pairs for out in equation.outvars)
+            # Of a kernel it is only what leaves it that is written.
+            or (equation.primitive.name != "pallas_call" and any(map(writes, _within(equation.params))))
+            for equation in jaxpr.eqns
+        )
+
+    return writes(jax.make_jaxpr(_with_gradients(tokamax))(call).jaxpr)
+
+
+def _within(params: dict[str, Any]) -> list[Any]:
+    """The programs inside an equation."""
+    found = (getattr(value, "jaxpr", value) for value in jax.tree.leaves(list(params.values())))
+    return [value for value in found if hasattr(value, "eqns")]
+
+
 @jax.jit
 def tokamax(call: Call) -> Array:
     """By ``tokamax.dot_product_attention``, which chooses among its own kernels."""
