@@ -1,6 +1,7 @@
 """The public surface in every checking mode of JAX: no error, and the very same results."""
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -171,3 +172,11 @@ def test_the_surface_in_every_mode(name: str, mode: str) -> None:
         else:
             x, expected = (np.asarray(array, np.float32) for array in (x, expected))
             np.testing.assert_allclose(x, expected, rtol=0, atol=0.05 if "bfloat16" in name else 1e-5)
+
+
+def test_the_surface_in_threads_at_once() -> None:
+    expected = {name: jax.device_get(call()) for name, call in SURFACE.items()}
+    jax.clear_caches()
+    with ThreadPoolExecutor(4) as threads:
+        found = dict(zip(SURFACE, threads.map(lambda call: jax.device_get(call()), SURFACE.values()), strict=True))
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
