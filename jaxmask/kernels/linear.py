@@ -34,6 +34,7 @@ class Linear:
 
     @property
     def transpose(self) -> "Linear":
+        """The function from cotangents of the results to those of the arrays."""
         return Linear(self.transposed, self.function, self.transposed_definition, self.definition)
 
     def __call__(self, constants: Sequence[Array], arrays: Sequence[Array], like: Sequence[Array]) -> list[Array]:
@@ -41,6 +42,7 @@ class Linear:
         return self.bind(constants, arrays, tuple(map(jax.typeof, like)))
 
     def bind(self, constants: Sequence[Array], arrays: Sequence[Array], types: tuple[Any, ...]) -> list[Array]:
+        """The results, of these types, as an operation of the program that is traced."""
         return _linear.bind(*constants, *arrays, linear=self, count=len(constants), types=types)
 
 
@@ -49,6 +51,7 @@ def _compute(*operands: Array, linear: Linear, count: int, types: Any) -> list[A
 
 
 def _differentiate(primals: Any, tangents: Any, *, linear: Linear, count: int, types: Any) -> Any:
+    """Along the arrays it is itself; along the constants it is what JAX makes of the definition."""
     constants, arrays = primals[:count], primals[count:]
     results = linear.bind(constants, arrays, types)
     out = [ad.Zero(x) for x in types]
@@ -76,6 +79,7 @@ def _transpose(cotangents: Any, *operands: Any, linear: Linear, count: int, type
 
 
 def _batch(operands: Any, axes: Any, *, linear: Linear, count: int, types: Any) -> Any:
+    """Linear in a batch of arrays, too."""
     size = next(x.shape[axis] for x, axis in zip(operands, axes, strict=True) if axis is not None)
     in_axes = [None if axis is None else 0 for axis in axes[:count]]
     moved = [
