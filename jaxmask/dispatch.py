@@ -119,7 +119,8 @@ def attention(
         bias: added to the scores: an array that broadcasts to ``[batch, heads, q, kv]``, or a function
             ``bias(b, h, q, kv)`` of index arrays, as :meth:`Mask.allows` gets them, which returns such an array: ALiBi
             needs none of ``[q, kv]``. The function may close over arrays, and they get gradients; outside of a ``jit``
-            it then compiles at each call, unless it is ``jax.tree_util.Partial(function, *arrays)``.
+            it then compiles at each call, unless it is ``jax.tree_util.Partial(function, *arrays)``, which arrays on a
+            mesh need.
         scale: of the scores, a Python float; ``None`` for ``dim ** -0.5``.
         offset: position of the first query, as in :meth:`Mask.dense`. Another value never recompiles.
         query_positions: the position of each query, as in :meth:`Mask.dense`, in place of ``offset``.
@@ -136,8 +137,8 @@ def attention(
         return_residual: whether to return the log-sum-exp too, by which :func:`merge_attention` joins partial results.
         sharding: how the query is divided over the devices of a mesh, where the axes of the mesh are automatic: such as
             ``P("data", None, "model", None)`` for its examples and heads, on the mesh of ``jax.set_mesh``, or a
-            ``NamedSharding``. Each device then computes its own part, with the best kernel for it, and sends nothing;
-            ``P()`` where there is one device. Explicit axes need none of it, for the type of the query says the same.
+            ``NamedSharding``. Each device then computes its own part, by the best kernel for it, and sends none of it.
+            It is ``P()`` where there is one device. Explicit axes need it not: the type of the query says the same.
             With neither, where several devices may take part, an implementation is chosen that XLA can divide.
         implementation: ``None`` chooses: a fused kernel of the platform that takes all of the arguments (cuDNN on GPU,
             splash on TPU, tokamax on both if installed), else ``"xla"`` where there are few queries and keys, else

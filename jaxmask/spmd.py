@@ -1,4 +1,4 @@
-"""Attention on many devices: each computes the examples and heads that it has, and sends nothing.
+"""Attention on many devices: each computes the examples and heads that it has, and sends none of them.
 
 The arguments are whole arrays. A :class:`Placement` says over which axes of a mesh their examples and heads are
 divided, and :func:`attend` runs the call on the shards. An array in a mask follows the axes along which it is looked
@@ -49,7 +49,7 @@ class Placement:
             for what, axes in (("batch", self.examples), ("heads", self.heads))
             if axes
         ]
-        return f"{', '.join(parts) or 'all of it on each device'}: no communication"
+        return f"{', '.join(parts) or 'all of it on each device'}: queries and outputs stay where they are"
 
 
 def placed(call: Call, sharding: PartitionSpec | NamedSharding | None) -> tuple[Call, Placement | None]:
@@ -59,7 +59,7 @@ def placed(call: Call, sharding: PartitionSpec | NamedSharding | None) -> tuple[
         ``None`` for the placement where neither does, or all is on one device.
 
     Raises:
-        TypeError, ValueError: ``sharding`` is none, or the call cannot follow it.
+        TypeError, ValueError: ``sharding`` has another type, or the call cannot follow it.
     """
     if sharding is not None and not isinstance(sharding, PartitionSpec | NamedSharding):
         raise TypeError(
@@ -187,13 +187,15 @@ def attend(call: Call, placement: Placement, run: Callable[[Call], Any], says_wh
         # What is whole on every device is cut without communication.
         call = jax.tree.map(lambda x, spec: jax.sharding.reshard(x, NamedSharding(mesh, spec)), call, division.specs)
     out = PartitionSpec(placement.examples or None, None, placement.heads or None)
+    # Without names, all axes; a `vmap` over a sharded axis adds its own.
+    free = {axis for axis, kind in kinds.items() if kind != AxisType.Manual}
 
     @partial(
         jax.shard_map,
         mesh=mesh,
         in_specs=(division.specs,),
         out_specs=(out, out) if call.return_residual else out,
-        axis_names={axis for axis, kind in kinds.items() if kind != AxisType.Manual},
+        axis_names=free if AxisType.Manual in kinds.values() else set[str](),
         check_vma=says_what_varies,
     )
     def on_device(part: Call) -> Any:
@@ -205,19 +207,22 @@ def attend(call: Call, placement: Placement, run: Callable[[Call], Any], says_wh
 
 
 def _refuse_closed_over(call: Call) -> None:
-    """Refuse functions that close over arrays whose types say where they are: no shard can take its part of these."""
+    """Refuse functions that close over arrays whose types name a mesh: in a shard they have no meaning."""
+    leaves, structure = jax.tree.flatten(call)
+    shapes = [jax.ShapeDtypeStruct(np.shape(leaf), jnp.result_type(leaf)) for leaf in leaves]
     sizes = call.query.shape[0], call.query.shape[2], 1, 1
     at = tuple(map(iota, sizes, range(4)))
-    functions = {"mask": call.mask.allows, **({"bias": call.bias} if callable(call.bias) else {})}
-    for name, function in functions.items():
-        held = [x for x in jax.make_jaxpr(lambda function=function: function(*at))().consts if _explicit(x) is not None]
-        given = {id(x) for x in jax.tree.leaves(call)}
-        for x in held:
-            if id(x) not in given:
-                raise ValueError(
-                    f"a function of {name} closes over {checks.describe(x)}, whose type says where it is on the mesh: "
-                    "hand it over, as jax.tree_util.Partial(function, array), which calls function(array, b, h, q, kv)"
-                )
+
+    def functions(leaves: list[Any]) -> Any:
+        whole: Call = jax.tree.unflatten(structure, leaves)
+        return whole.mask.allows(*at), whole.bias(*at) if isinstance(whole.bias, Partial) else None
+
+    for x in jax.make_jaxpr(functions)(shapes).consts:
+        if not jax.typeof(x).sharding.mesh.empty:
+            raise ValueError(
+                f"a function of the mask or the bias closes over {checks.describe(x)}, an array on the mesh: hand it "
+                "over, as jax.tree_util.Partial(function, array), which calls function(array, b, h, q, kv)"
+            )
 
 
 def _index(axes: tuple[str, ...]) -> Any:
@@ -299,7 +304,7 @@ def _own_heads(x: Any, first: Any, heads: int, group: int) -> Any:
     """The heads of keys or values of the query heads from the first on, of which a group shares one."""
     if group % heads == 0:
         return lax.dynamic_slice_in_dim(x, first // group, 1, 2)
-    return x[:, :, (first + np.arange(heads)) // group]
+    return x[:, :, (first + np.arange(heads, dtype=np.int32)) // group]
 
 
 def _bias_of_whole(bias: Any, first_example: Any, first_head: Any, b: Index, h: Index, q: Index, kv: Index) -> Any:
@@ -353,19 +358,22 @@ class _Reads(NamedTuple):
 
 
 def _read(mask: Mask, sizes: tuple[int, int]) -> _Reads:
-    """Find out what a mask reads, by handing it arrays that notice. Nothing is computed."""
+    """Find out what a mask reads, by handing it arrays that say how they are used. Nothing is computed."""
     leaves, structure = jax.tree.flatten(mask)
-    noticed: list[_Noticed] = []
+    uses: list[set[tuple[str, ...]]] = [set() for _ in leaves]
     q, kv = iota(2, 2), iota(2, 3)
 
     def look(b: Any, h: Any, leaves: list[Any]) -> Any:
-        noticed[:] = [_Noticed(leaf, b, h) for leaf in leaves]
-        part: Mask = jax.tree.unflatten(structure, [each if each.ndim else each.array() for each in noticed])
+        watched = [_Watched(leaf, b, h, use) for leaf, use in zip(leaves, uses, strict=True)]
+        part: Mask = jax.tree.unflatten(structure, [each if each.ndim else each.array() for each in watched])
         return part.allows(b, h, q, kv), part.tile_bounds(b, h, Span(q, 2, 2), Span(kv, 3, 2))
 
     by_index = _depends(look, sizes, leaves, 0), _depends(look, sizes, leaves, 1)
+    if any(len(use) > 1 and any(map(any, use)) for use in uses):
+        # An array of which an element is looked up for each example or head, and others too.
+        return _Reads([()] * len(leaves), (True, True))
     names = {name for name, looks in zip("bh", by_index, strict=True) if not looks}
-    return _Reads([tuple(axis if axis in names else "" for axis in each.axes) for each in noticed], by_index)
+    return _Reads([tuple(axis if axis in names else "" for axis in next(iter(use), ())) for use in uses], by_index)
 
 
 def _depends(look: Callable[..., Any], sizes: tuple[int, int], leaves: list[Any], axis: int) -> bool:
@@ -384,20 +392,21 @@ def _depends(look: Callable[..., Any], sizes: tuple[int, int], leaves: list[Any]
     return False
 
 
-class _Noticed:
-    """An array in a mask that notices along which axes it is looked up by the index of an example or a head.
+class _Watched:
+    """An array in a mask that says along which axes it is looked up by the index of an example or a head itself.
 
     It is a :class:`jaxmask.indices.View`. Whatever else a mask does with it, it does with the whole array.
+
+    Args:
+        array: traced.
+        b, h: the indices that the mask is given.
+        uses: to which the names of the axes of each lookup are added: empty ones along which it is looked up otherwise,
+            and none where something else is done with the array.
     """
 
-    def __init__(self, array: Any, b: Any, h: Any) -> None:
+    def __init__(self, array: Any, b: Any, h: Any, uses: set[tuple[str, ...]]) -> None:
         self.shape, self.ndim, self.size, self.dtype = array.shape, array.ndim, array.size, array.dtype
-        self._array, self._given, self._found, self._is_whole = array, {"b": b, "h": h}, (), False
-
-    @property
-    def axes(self) -> tuple[str, ...]:
-        """The names of its axes as it is looked up; empty where something else is done with it."""
-        return () if self._is_whole else self._found
+        self._array, self._given, self._uses = array, {"b": b, "h": h}, uses
 
     def lookup(self, **at: Any) -> Any:
         """The elements; along an axis with one for each example or head, all of them."""
@@ -407,12 +416,12 @@ class _Noticed:
             for (name, index), size in zip(at.items(), self.shape, strict=True)
             if size > 1 and index is self._given.get(name) and size == np.size(index)
         }
-        self._found = tuple(name if name in own else "" for name in at)
+        self._uses.add(tuple(name if name in own else "" for name in at))
         return indices.lookup(self._array, **{**at, **own})
 
     def array(self) -> Any:
         """The array, for all that is no lookup."""
-        self._is_whole = True
+        self._uses.add(())
         return self._array
 
     __jax_array__ = array

@@ -18,6 +18,7 @@ from jaxmask import Padding, attention, expand_mask
 from jaxmask.flax import T5, generate
 from jaxmask.flax.models.generate import decode, prefill
 from jaxmask.flax.models.t5 import bucket
+from jaxmask.kernels import blocked, xla
 from torch_compat import models
 
 BATCH, LENGTH, PROMPT, STEPS = 3, 14, 9, 16
@@ -134,7 +135,7 @@ def test_answers_are_generated_as_by_transformers(theirs: Any, valid: np.ndarray
 
 
 def test_answers_to_other_texts_compile_nothing(ours: Any) -> None:
-    compiled: list[Any] = [prefill, decode]
+    compiled: list[Any] = [prefill, decode, blocked.attend, xla.attention]
     counts: list[list[int]] = []
     for name in ("left", "right"):
         decoder = ours.read(TEXT[::-1] if name == "left" else TEXT, PADDINGS[name])

@@ -108,6 +108,10 @@ FILES = [
     bad("size-is-a-text", of_config(vocab_size="64"), VALUE, "vocab_size of config.json in", "got '64'"),
     bad("huge-size", of_config(hidden_size=10**30), VALUE, "hidden_size of config.json in", "fit an int32"),
     bad("million-layers", of_config(num_hidden_layers=10**6), VALUE, "num_hidden_layers of config.json in", "1000000"),
+    bad("million-layers-of-t5", of_config(num_layers=10**6), VALUE, "num_layers of config.json in", "1000000"),
+    bad(
+        "million-layers-within", of_config(text_config={"num_hidden_layers": 10**6}), VALUE, "config.json in", "1000000"
+    ),
     bad("rope-is-a-number", of_config(rope_parameters=5), VALUE, "config.json in"),
     bad("kinds-are-a-number", of_config(layer_types=7, model_type="qwen3"), VALUE, "config.json in"),
     bad("epsilon-is-a-text", of_config(rms_norm_eps="x"), VALUE, "config.json in"),

@@ -15,15 +15,17 @@ from jaxmask import checks
 # For each function of Transformers that reads a folder: it runs no code of the folder, and asks no server.
 FROM_FILES_ALONE: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True}
 
+# The names of numbers of layers and of other sizes, at any depth of a configuration.
+_LAYERS = ("num_hidden_layers", "num_layers", "num_decoder_layers")
 _SIZES = (
     "vocab_size",
     "hidden_size",
     "intermediate_size",
-    "num_hidden_layers",
     "num_attention_heads",
     "num_key_value_heads",
     "head_dim",
     "max_position_embeddings",
+    *("d_model", "d_kv", "d_ff", "num_heads"),
 )
 
 
@@ -113,8 +115,12 @@ def check_config(path: Path, config: dict[str, Any], tensors: int) -> None:
                 checks.integer(f"{name} of {where}", config[name], 1)
             except TypeError as error:
                 raise ValueError(str(error)) from error
-    if config.get("num_hidden_layers") is not None:
-        check_layers(f"num_hidden_layers of {where}", config["num_hidden_layers"], tensors)
+    for name in _LAYERS:
+        if config.get(name) is not None:
+            check_layers(f"{name} of {where}", config[name], tensors)
+    for part in config.values():
+        if isinstance(part, dict):
+            check_config(path, part, tensors)
 
 
 def check_layers(name: str, layers: Any, tensors: int) -> None:

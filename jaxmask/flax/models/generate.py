@@ -175,6 +175,8 @@ def generate(
                 "of the model?"
             )
     given = {"block_sequence_ids": block_sequence_ids, "embeddings": embeddings}
+    if block_sequence_ids is not None:
+        checks.fits_int32("block_sequence_ids", checks.array("block_sequence_ids", block_sequence_ids, "i", 2))
     images = {name: jnp.asarray(array) for name, array in given.items() if array is not None}
     valid = None if valid is None else jnp.asarray(valid)
     logits, cache = prefill(graph, state, cache, jnp.asarray(tokens), valid, images)

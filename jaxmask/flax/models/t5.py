@@ -54,6 +54,7 @@ class T5Config:
     def __post_init__(self) -> None:
         sizes = "vocab_size", "dim", "hidden_dim", "layers", "heads", "head_dim", "buckets", "max_distance"
         convert_sizes(self, *sizes)
+        checks.real("epsilon", self.epsilon, 0.0)
         # Half of the buckets are of one distance each, and in the encoder half are for each direction.
         if not 4 <= self.buckets < 2 * self.max_distance:
             raise ValueError(
@@ -78,6 +79,18 @@ def bucket(distance: Int[Array, "..."], buckets: int, max_distance: int, both_wa
     wide = exact + (ratios / np.float32(math.log(max_distance / exact)) * np.float32(buckets - exact)).astype(np.int32)
     table = jnp.asarray(np.where(np.arange(max_distance) < exact, np.arange(max_distance), wide))
     return ahead + jnp.where(distance < max_distance, table[jnp.minimum(distance, max_distance - 1)], buckets - 1)
+
+
+@dataclass(frozen=True)
+class _Buckets:
+    """The bias of a table with a row for each bucket: equal to another of the same, so that it compiles once."""
+
+    buckets: int
+    max_distance: int
+    both_ways: bool
+
+    def __call__(self, table: Array, b: Any, h: Any, q: Any, kv: Any) -> Array:
+        return table[bucket(kv - q, self.buckets, self.max_distance, self.both_ways), h]
 
 
 class T5Attention(nnx.Module):
@@ -142,12 +155,8 @@ class T5Stack(nnx.Module, Generic[L]):
 
     def bias(self) -> jax.tree_util.Partial:
         """What is added to the scores: a number for each head and each bucket of distances."""
-        config, both_ways = self.config, self.both_ways
-
-        def bias(table: Array, b: Any, h: Any, q: Any, kv: Any) -> Array:
-            return table[bucket(kv - q, config.buckets, config.max_distance, both_ways), h]
-
-        return jax.tree_util.Partial(bias, self.distances.embedding[...])
+        buckets = _Buckets(self.config.buckets, self.config.max_distance, self.both_ways)
+        return jax.tree_util.Partial(buckets, self.distances.embedding[...])
 
 
 class T5(nnx.Module):
@@ -262,6 +271,8 @@ class T5Decoder(nnx.Module):
             TypeError: an argument has the wrong type or dtype.
         """
         is_token, texts = _checked(tokens, valid), len(self.text_keys[0])
+        if cache is not None and len(cache.layers) != self.config.layers:
+            raise ValueError("cache is not one of this model: begin with the one that its empty_cache returns")
         if len(tokens) != texts:
             raise ValueError(f"tokens must have a row for each of the {texts} texts, got {checks.describe(tokens)}")
         cache = self.empty_cache(*tokens.shape) if cache is None else cache
@@ -284,7 +295,8 @@ class T5Decoder(nnx.Module):
 
 
 def _checked(tokens: Tokens, valid: Valid | None) -> Bool[Array | np.ndarray, "batch length"] | None:
-    checks.array("tokens", tokens, "i", 2)
+    if not checks.array("tokens", tokens, "i", 2).shape[1]:
+        raise ValueError(f"tokens must have at least one token in a row, got {checks.describe(tokens)}")
     return None if valid is None else as_valid(valid, tokens.shape)
 
 
