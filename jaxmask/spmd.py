@@ -148,12 +148,12 @@ class _Division(NamedTuple):
     """How a call is divided.
 
     Args:
-        specs: the call with the :class:`PartitionSpec` of each array in its place.
+        specs: of each array, in the order of the leaves of the call.
         by_index: for each part of the mask that ``&``, ``|`` and ``~`` combine, whether it looks at the index of the
             example itself, and whether at that of the head, where these are divided.
     """
 
-    specs: Call
+    specs: list[PartitionSpec]
     by_index: list[tuple[bool, bool]]
 
 
@@ -167,10 +167,12 @@ def ask_shard(call: Call, placement: Placement, ask: Callable[[Call], Any]) -> A
         sizes = (size // placement.shards(names) for size, names in zip(np.shape(x), axes, strict=True))
         return jax.ShapeDtypeStruct(tuple(sizes), jnp.result_type(x))
 
-    def on_device(part: Call) -> None:
-        answers.append(ask(_local(part, placement, division, (0, 0))))
+    leaves, structure = jax.tree.flatten(call)
 
-    jax.eval_shape(on_device, jax.tree.map(shape, call, division.specs))
+    def on_device(part: list[Any]) -> None:
+        answers.append(ask(_local(jax.tree.unflatten(structure, part), placement, division, (0, 0))))
+
+    jax.eval_shape(on_device, [shape(x, spec) for x, spec in zip(leaves, division.specs, strict=True)])
     return answers[0]
 
 
@@ -182,10 +184,13 @@ def attend(call: Call, placement: Placement, run: Callable[[Call], Any], says_wh
     """
     _refuse_closed_over(call)
     division, mesh = _divide(call, placement), placement.mesh
+    leaves, structure = jax.tree.flatten(call)
     kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
     if AxisType.Explicit in kinds.values():
         # What is whole on every device is cut without communication.
-        call = jax.tree.map(lambda x, spec: jax.sharding.reshard(x, NamedSharding(mesh, spec)), call, division.specs)
+        leaves = [
+            jax.sharding.reshard(x, NamedSharding(mesh, spec)) for x, spec in zip(leaves, division.specs, strict=True)
+        ]
     out = PartitionSpec(placement.examples or None, None, placement.heads or None)
     # Without names, all axes; a `vmap` over a sharded axis adds its own.
     free = {axis for axis, kind in kinds.items() if kind != AxisType.Manual}
@@ -198,12 +203,13 @@ def attend(call: Call, placement: Placement, run: Callable[[Call], Any], says_wh
         axis_names=free if AxisType.Manual in kinds.values() else set[str](),
         check_vma=says_what_varies,
     )
-    def on_device(part: Call) -> Any:
-        batch, _, heads, _ = part.query.shape
+    def on_device(part: list[Any]) -> Any:
+        local: Call = jax.tree.unflatten(structure, part)
+        batch, _, heads, _ = local.query.shape
         first = _index(placement.examples) * batch, _index(placement.heads) * heads
-        return run(_local(part, placement, division, first))
+        return run(_local(local, placement, division, first))
 
-    return on_device(call)
+    return on_device(leaves)
 
 
 def _refuse_closed_over(call: Call) -> None:
@@ -234,46 +240,36 @@ def _divide(call: Call, placement: Placement) -> _Division:
     """Where each array of a call is divided: along its examples and heads, if it has more than one."""
     examples, heads = placement.examples or None, placement.heads or None
 
-    def along(x: Any, *axes: Any) -> Any:
+    def along(x: Any, *axes: Any) -> list[PartitionSpec]:
         if x is None:
-            return None
+            return []
         axes = axes[len(axes) - np.ndim(x) :]
-        return PartitionSpec(*(axis if size > 1 else None for axis, size in zip(axes, np.shape(x), strict=True)))
+        return [PartitionSpec(*(axis if size > 1 else None for axis, size in zip(axes, np.shape(x), strict=True)))]
 
-    def whole(tree: Any) -> Any:
-        return jax.tree.map(lambda _: PartitionSpec(), tree)
+    def whole(tree: Any) -> list[PartitionSpec]:
+        return [PartitionSpec() for _ in jax.tree.leaves(tree)]
 
-    units, structure = jax.tree.flatten(call.mask, is_leaf=_is_unit)
+    units = jax.tree.leaves(call.mask, is_leaf=_is_unit)
     reads = [_read(unit, (call.query.shape[0], call.query.shape[2])) for unit in units]
     by_index = [read.by_index for read in reads]
     of_axis = {"b": examples, "h": heads}
-    of_units = [
-        jax.tree.unflatten(
-            jax.tree.structure(unit),
-            [PartitionSpec(*(of_axis.get(axis) for axis in axes)) for axes in read.axes],
-        )
-        for unit, read in zip(units, reads, strict=True)
-    ]
+    of_masks = [PartitionSpec(*(of_axis.get(axis) for axis in axes)) for read in reads for axes in read.axes]
     # Where the heads of keys do not divide, every device has all of them, and takes those it needs.
     divides = call.key.shape[2] % placement.shards(placement.heads) == 0
     of_keys = PartitionSpec(examples, None, heads if divides else None)
     at = call.positions
-    specs = replace(
-        call,
-        query=PartitionSpec(examples, None, heads),
-        key=of_keys,
-        value=of_keys,
-        mask=jax.tree.unflatten(structure, of_units),
-        bias=whole(call.bias) if callable(call.bias) else along(call.bias, examples, heads, None, None),
-        positions=replace(
-            at,
-            first=None if at.first is None else along(at.first, examples),
-            queries=along(at.queries, examples, None),
-            keys=along(at.keys, examples, None),
-        ),
-        sinks=along(call.sinks, heads),
-        dropout=whole(call.dropout),
-    )
+    specs = [
+        PartitionSpec(examples, None, heads),
+        of_keys,
+        of_keys,
+        *of_masks,
+        *(whole(call.bias) if callable(call.bias) else along(call.bias, examples, heads, None, None)),
+        *along(at.first, examples),
+        *along(at.queries, examples, None),
+        *along(at.keys, examples, None),
+        *along(call.sinks, heads),
+        *whole(call.dropout),
+    ]
     divided = bool(examples), bool(heads)
     return _Division(specs, [(reads_b and divided[0], reads_h and divided[1]) for reads_b, reads_h in by_index])
 

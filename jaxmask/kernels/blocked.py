@@ -33,7 +33,7 @@ from jaxmask.mask import Mask
 Carry = TypeVar("Carry")
 Tree = TypeVar("Tree")
 # What a function closes over: arrays of floats, which have gradients, and others.
-Closure = tuple[list[Array], list[Array]]
+Closure = tuple[list[Any], list[Any]]
 # By whether the function applies the mask.
 Closures = dict[bool, Closure]
 # Whether the mask is applied, known at trace time or in the program.
@@ -203,7 +203,7 @@ def _scores(
     zero = jnp.zeros_like(products, jnp.int32, ())
     indices = [index + zero for index in (*place, start)]
 
-    def score(products: Array, part: Array | None, floats: dict[bool, list[Array]]) -> Any:
+    def score(products: Array, part: Array | None, floats: dict[bool, list[Any]]) -> Any:
         def finish(products: Array, keys: Array, values: Array, *, is_masked: bool) -> Any:
             function, (_, others) = program.masked if is_masked else program.unmasked, arrays[is_masked]
             flat = products.reshape(program.examples, -1, program.queries, program.keys)
@@ -243,7 +243,7 @@ def _differentiate(program: _Program, operands: Any, tangents: Any) -> Any:
     # The functions below outlive this trace, and may hold none of its arrays.
     count, sloped = len(leaves), replace(program, is_sloped=True)
 
-    def floats(leaves: Any) -> list[Array]:
+    def floats(leaves: Any) -> list[Any]:
         return [x for x, yes in zip(leaves, is_float, strict=True) if yes]
 
     def run(program: _Program, constants: Any) -> Callable[..., Any]:
@@ -405,7 +405,7 @@ def _close(function: Callable[..., Any], *arguments: Any) -> tuple[Callable[...,
     is_float = [jnp.issubdtype(const.dtype, jnp.floating) for const in consts]
     floats, others = ([x for x, yes in zip(consts, is_float, strict=True) if yes == kind] for kind in (True, False))
 
-    def call(floats: list[Array], others: list[Array], *arguments: Any) -> Any:
+    def call(floats: list[Any], others: list[Any], *arguments: Any) -> Any:
         remaining = {True: iter(floats), False: iter(others)}
         consts = [next(remaining[yes]) for yes in is_float]
         return tuple(jaxpr_as_fun(ClosedJaxpr(jaxpr, consts))(*jax.tree.leaves(arguments)))

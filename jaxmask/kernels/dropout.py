@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, DTypeLike, Float, UInt32
 
 from jaxmask.indices import Index
@@ -36,8 +37,8 @@ class Dropout:
     key: Any
     rate: float
     is_shared: bool
-    first_example: Any = 0
-    first_head: Any = 0
+    first_example: Any = np.int32(0)
+    first_head: Any = np.int32(0)
 
     def factor(self, dtype: DTypeLike, b: Index, h: Index, q: Index, kv: Index) -> Float[Array, "batch heads q kv"]:
         """0 where the pair of these indices is dropped, else ``1 / (1 - rate)``."""

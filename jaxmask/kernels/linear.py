@@ -12,9 +12,9 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
-from jaxtyping import Array
 
-Function = Callable[[Sequence[Array], Sequence[Array]], Sequence[Array]]
+# The operands of a primitive may be what stands for an array in a transformation.
+Function = Callable[[Sequence[Any], Sequence[Any]], Sequence[Any]]
 
 
 @dataclass(frozen=True)
@@ -37,16 +37,16 @@ class Linear:
         """The function from cotangents of the results to those of the arrays."""
         return Linear(self.transposed, self.function, self.transposed_definition, self.definition)
 
-    def __call__(self, constants: Sequence[Array], arrays: Sequence[Array], like: Sequence[Array]) -> list[Array]:
+    def __call__(self, constants: Sequence[Any], arrays: Sequence[Any], like: Sequence[Any]) -> list[Any]:
         """The results, each of the type of the one in ``like``."""
         return self.bind(constants, arrays, tuple(map(jax.typeof, like)))
 
-    def bind(self, constants: Sequence[Array], arrays: Sequence[Array], types: tuple[Any, ...]) -> list[Array]:
+    def bind(self, constants: Sequence[Any], arrays: Sequence[Any], types: tuple[Any, ...]) -> list[Any]:
         """The results, of these types, as an operation of the program that is traced."""
         return _linear.bind(*constants, *arrays, linear=self, count=len(constants), types=types)
 
 
-def _compute(*operands: Array, linear: Linear, count: int, types: Any) -> list[Array]:
+def _compute(*operands: Any, linear: Linear, count: int, types: Any) -> list[Any]:
     return list(linear.function(operands[:count], operands[count:]))
 
 
@@ -60,7 +60,7 @@ def _differentiate(primals: Any, tangents: Any, *, linear: Linear, count: int, t
     moving = [i for i, t in enumerate(tangents[:count]) if not isinstance(t, ad.Zero)]
     if moving:
 
-        def of_moving(*values: Array) -> Sequence[Array]:
+        def of_moving(*values: Any) -> Sequence[Any]:
             merged = list(constants)
             for i, value in zip(moving, values, strict=True):
                 merged[i] = value
