@@ -15,6 +15,7 @@ from jaxtyping import Array, DTypeLike, Float, UInt32
 
 from jaxmask.indices import Index
 
+_FIRST = np.int32(0)
 _ROTATIONS = (13, 15, 26, 6), (17, 29, 16, 24)
 
 
@@ -37,8 +38,8 @@ class Dropout:
     key: Any
     rate: float
     is_shared: bool
-    first_example: Any = np.int32(0)
-    first_head: Any = np.int32(0)
+    first_example: Any = _FIRST
+    first_head: Any = _FIRST
 
     def factor(self, dtype: DTypeLike, b: Index, h: Index, q: Index, kv: Index) -> Float[Array, "batch heads q kv"]:
         """0 where the pair of these indices is dropped, else ``1 / (1 - rate)``."""
