@@ -43,7 +43,9 @@ def load(folder: Path, gguf_file: str | None = None) -> tuple[Decoder, Any, list
     with redirect_stderr(StringIO()):  # the bar of GGUF files has no switch
         model = models.load(folder, gguf_file=gguf_file)
     if not isinstance(model, Decoder):
-        raise ValueError(f"a text needs a decoder, but {str(folder)!r} holds a {type(model).__name__}")
+        raise ValueError(
+            f"a text needs a decoder, but {str(folder)!r} holds the checkpoint of another model, {type(model).__name__}"
+        )
     tokenizer = _tokenizer(folder, gguf_file)
     # The order of Transformers' generate. A chat model may end a turn by one token and a text by another.
     ends = [_end(folder / GENERATION_CONFIG_NAME)]
