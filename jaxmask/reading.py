@@ -85,7 +85,7 @@ def _read(
     b, h = iota(sizes[0] or batch, 0), iota(sizes[1] or heads, 1)
     answers = look(b, h)
     if unknown and not all(part.shape_is_complete for part in mask.parts()):
-        names = [("batch", "heads")[axis] for axis in unknown if _depends(look, b, h, axis)]
+        names = [("batch", "heads")[axis] for axis in unknown if depends(look, b, h, axis)]
         if names:
             raise ValueError(
                 f"{mask!r} looks at its index of {' and '.join(names)}, but nothing says how many there are: give the "
@@ -96,14 +96,15 @@ def _read(
     return answers, common(batch, *(shape[0] for shape in shapes)), common(heads, *(shape[1] for shape in shapes))
 
 
-def _depends(look: Callable[[Any, Any], tuple[Allowed, ...]], b: Any, h: Any, axis: int) -> bool:
-    """Whether ``look(b, h)`` depends on one of its indices: ``vmap`` over the index then makes a batch of answers."""
+def depends(look: Callable[..., Any], b: Any, h: Any, axis: int, *operands: Any) -> bool:
+    """Whether ``look(b, h, *operands)`` depends on one of its indices: ``vmap`` over it makes a batch of answers."""
 
-    def answer(index: Any) -> tuple[Allowed, ...]:
-        return look(b, index) if axis else look(index, h)
+    def answer(index: Any, *operands: Any) -> Any:
+        return look(b, index, *operands) if axis else look(index, h, *operands)
 
+    over_index = jax.vmap(answer, (0, *(None for _ in operands)), None)
     try:
-        jax.eval_shape(jax.vmap(answer, out_axes=None), np.zeros((1, 1, 1, 1, 1), np.int32))
+        jax.eval_shape(over_index, (h if axis else b)[None], *operands)
     except ValueError:
         return True
     return False

@@ -23,6 +23,7 @@ from jaxmask.indices import Allowed, Index, iota
 from jaxmask.kernels.call import Call
 from jaxmask.mask import And, Mask, Not, Or
 from jaxmask.positions import Extent, Scalar
+from jaxmask.reading import depends
 from jaxmask.spans import Bounds, Span
 
 
@@ -364,28 +365,15 @@ def _read(mask: Mask, sizes: tuple[int, int]) -> _Reads:
         part: Mask = jax.tree.unflatten(structure, [each if each.ndim else each.array() for each in watched])
         return part.allows(b, h, q, kv), part.tile_bounds(b, h, Span(q, 2, 2), Span(kv, 3, 2))
 
-    by_index = _depends(look, sizes, leaves, 0), _depends(look, sizes, leaves, 1)
+    # Shapes alone, for where the arrays are does not matter here.
+    shapes = [jax.ShapeDtypeStruct(np.shape(leaf), jnp.result_type(leaf)) for leaf in leaves]
+    b, h = iota(sizes[0], 0), iota(sizes[1], 1)
+    by_index = depends(look, b, h, 0, shapes), depends(look, b, h, 1, shapes)
     if any(len(use) > 1 and any(map(any, use)) for use in uses):
         # An array of which an element is looked up for each example or head, and others too.
         return _Reads([()] * len(leaves), (True, True))
     names = {name for name, looks in zip("bh", by_index, strict=True) if not looks}
     return _Reads([tuple(axis if axis in names else "" for axis in next(iter(use), ())) for use in uses], by_index)
-
-
-def _depends(look: Callable[..., Any], sizes: tuple[int, int], leaves: list[Any], axis: int) -> bool:
-    """Whether ``look(b, h, leaves)`` depends on one index: ``vmap`` over it then makes a batch of the result."""
-
-    def of_index(index: Any, leaves: list[Any]) -> Any:
-        b, h = (index if i == axis else iota(size, i) for i, size in enumerate(sizes))
-        return look(b, h, leaves)
-
-    try:
-        # Shapes alone, for where the arrays are does not matter here.
-        shapes = [jax.ShapeDtypeStruct(np.shape(leaf), jnp.result_type(leaf)) for leaf in leaves]
-        jax.eval_shape(jax.vmap(of_index, (0, None), None), iota(sizes[axis], axis)[None], shapes)
-    except ValueError:
-        return True
-    return False
 
 
 class _Watched:
