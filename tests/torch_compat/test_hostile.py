@@ -24,57 +24,28 @@ CODE = 'from pathlib import Path\nPath(__file__).with_name("it_ran").touch()\ncl
 
 # Loads each folder that it is given, and prints what came of it, and what was done meanwhile.
 LOADER = """
-import io, json, os, pickle, runpy, socket, sys
+import io, json, pickle, runpy, socket, sys
 from pathlib import Path
-from torch_compat import generate
+from tests.helpers.audit import watched
 from torch_compat.generate import load
 
-done, watching = [], False
-OWN = (sys.prefix, sys.base_prefix, os.path.realpath(sys.prefix), os.getcwd(), "/proc/", "/sys/", "/etc/", "/dev/null")
-
-FORBIDDEN = (
-    "pickle.find_class", "os.system", "subprocess.Popen", "os.exec", "os.remove", "os.rename", "os.mkdir",
-    "socket.connect", "socket.getaddrinfo", "socket.gethostby", "urllib.",
-)
-
-def is_bad(event, arguments):
-    if event == "open":
-        path, mode, flags = arguments
-        if not isinstance(path, (str, bytes)):
-            return False
-        path = os.path.realpath(os.fsdecode(path))
-        if flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_APPEND):
-            return path != "/dev/null"
-        is_of_folder = path.startswith(str(folder))
-        return path.endswith((".py", ".bin", ".pkl")) if is_of_folder else not path.startswith(OWN)
-    if event == "exec":
-        return arguments[0].co_filename.startswith(str(folder))
-    return event.startswith(FORBIDDEN)
-
-def hook(event, arguments):
-    if watching and is_bad(event, arguments):
-        done.append(f"{event} {arguments!r}"[:500])
-
-sys.addaudithook(hook)
 for name in sys.argv[1:]:
-    folder = Path(name).resolve()
+    folder = Path(name)
     gguf_file = "a.gguf" if (folder / "a.gguf").exists() else None
     sys.stdin = io.StringIO("y\\n" * 20)
-    watching = True
-    try:
-        if folder.name == "control":
-            (folder.parent / "outside.json").read_text()
-            (folder / "config.json").open("a").close()
-            pickle.loads(pickle.dumps(Path("here")))
-            socket.getaddrinfo("localhost", 80)
-            runpy.run_path(str(folder / "mine.py"))
-        model, tokenizer, _ = load(folder, gguf_file)
-        outcome = f"loaded {type(tokenizer).__module__}"
-    except Exception as error:
-        outcome = f"{type(error).__name__}: {error}"
-    watching = False
+    with watched(folder) as done:
+        try:
+            if folder.name == "control":
+                (folder.parent / "outside.json").read_text()
+                (folder / "config.json").open("a").close()
+                pickle.loads(pickle.dumps(Path("here")))
+                socket.getaddrinfo("localhost", 80)
+                runpy.run_path(str(folder / "mine.py"))
+            model, tokenizer, _ = load(folder, gguf_file)
+            outcome = f"loaded {type(tokenizer).__module__}"
+        except Exception as error:
+            outcome = f"{type(error).__name__}: {error}"
     print(json.dumps([folder.name, outcome, done]))
-    done.clear()
 """
 
 

@@ -89,7 +89,7 @@ def load(source: PreTrainedModel | str | Path, *, gguf_file: str | None = None, 
     path = file_in(folder, "config.json")
     architecture = _architecture((content := read_json(path)).get("model_type"))
     weights = read_safetensors(folder)
-    check_config(path, content, len(weights))
+    check_config(path, content, weights)
     try:
         config: Any = AutoConfig.from_pretrained(folder, **FROM_FILES_ALONE)
         architecture.module(config)
@@ -131,6 +131,9 @@ def assemble(
         parts = sources[target]
         if missing := [name for name in parts if name not in renamed]:
             problems += [f"{name} is missing, for {target}" for name in missing]
+            continue
+        if others := [name for name in parts if not renamed[name].is_floating_point()]:
+            problems += [f"{name} is {renamed[name].dtype} and must be floating, for {target}" for name in others]
             continue
         try:
             # In float32: a sum with a weight of half precision would be rounded.

@@ -4,6 +4,7 @@ A missing or broken file is an error that says what to do.
 """
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ def read_safetensors(folder: Path) -> dict[str, torch.Tensor]:
     """The tensors of a folder, which stay mapped to their files."""
     # Transformers looks for a single file first, too.
     files, index = ["model.safetensors"], folder / "model.safetensors.index.json"
-    if not (folder / files[0]).exists() and index.exists():
+    if not (folder / files[0]).is_file() and index.is_file():
         files = _shards(index)
     weights: dict[str, torch.Tensor] = {}
     for file in files:
@@ -43,13 +44,13 @@ def read_safetensors(folder: Path) -> dict[str, torch.Tensor]:
             opened: Any = safe_open(path, framework="pt")
             with opened as tensors:
                 read = {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118
-        except SafetensorError as error:
+            for name, tensor in read.items():
+                refuse_nan(file, name, tensor)
+        except (SafetensorError, RuntimeError) as error:  # PyTorch computes with 64 axes at most
             raise ValueError(
                 f"{file} in {str(folder)!r} is not a whole safetensors file ({checks.shown(str(error))}): download it "
                 "again, and if it is a pointer of Git LFS, by `git lfs pull`"
             ) from error
-        for name, tensor in read.items():
-            refuse_nan(file, name, tensor)
         weights |= read
     return weights
 
@@ -92,7 +93,7 @@ def file_in(folder: Path, name: str) -> Path:
 
 def _is_plain(name: str) -> bool:
     """Whether a name is that of a file in a folder, and not a path, by the rules of any system."""
-    return name.isprintable() and name not in ("", ".", "..") and not set(name) & set("/\\:")
+    return name.isprintable() and 0 < len(name.encode()) < 256 and not set(name) & set("/\\:") and name not in (".", "..")
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -106,7 +107,7 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def check_config(path: Path, config: dict[str, Any], tensors: int) -> None:
+def check_config(path: Path, config: dict[str, Any], weights: Mapping[str, torch.Tensor]) -> None:
     """Refuse sizes in a configuration that are none, before anything is made of that size."""
     where = f"{path.name} in {str(path.parent)!r}"
     for name in _SIZES:
@@ -117,13 +118,17 @@ def check_config(path: Path, config: dict[str, Any], tensors: int) -> None:
                 raise ValueError(str(error)) from error
     for name in _LAYERS:
         if config.get(name) is not None:
-            check_layers(f"{name} of {where}", config[name], tensors)
+            check_count(f"{name} of {where}", config[name], len(weights), "the number of tensors")
+    if config.get("num_labels") is not None:
+        # Transformers makes a name for each.
+        longest = max((size for tensor in weights.values() for size in tensor.shape), default=0)
+        check_count(f"num_labels of {where}", config["num_labels"], longest, "the longest axis of a tensor")
     for part in config.values():
         if isinstance(part, dict):
-            check_config(path, part, tensors)
+            check_config(path, part, weights)
 
 
-def check_layers(name: str, layers: Any, tensors: int) -> None:
-    """Refuse more layers than there are tensors: to describe them alone takes minutes, or all memory."""
-    if not isinstance(layers, int) or not 1 <= layers <= tensors:
-        raise ValueError(f"{name} must be from 1 to the number of tensors, {tensors}, got {checks.describe(layers)}")
+def check_count(name: str, count: Any, most: int, what: str) -> None:
+    """Refuse more layers, or labels, than a file can hold: to describe them alone takes minutes, or all memory."""
+    if not isinstance(count, int) or not 1 <= count <= most:
+        raise ValueError(f"{name} must be from 1 to {what}, {most}, got {checks.describe(count)}")

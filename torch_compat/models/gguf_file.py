@@ -10,7 +10,7 @@ from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from jaxmask import checks
-from torch_compat.models.checkpoints import FROM_FILES_ALONE, check_layers, file_in, refuse_nan
+from torch_compat.models.checkpoints import FROM_FILES_ALONE, check_count, file_in, refuse_nan
 from torch_compat.models.gguf_header import Header, read_header
 
 
@@ -34,7 +34,7 @@ def read(folder: Path, file: str) -> PreTrainedModel:
             "read from GGUF: load the checkpoint of safetensors"
         )
     layers = header.metadata.get(f"{architecture}.block_count")
-    check_layers(f"{architecture}.block_count of {file}", layers, len(header.elements))
+    check_count(f"{architecture}.block_count of {file}", layers, len(header.elements), "the number of tensors")
     # The whole path, for Transformers would prefer a file of this name in the current folder.
     how: dict[str, Any] = {"gguf_file": str(path.resolve()), **FROM_FILES_ALONE}
     with _naming(file):

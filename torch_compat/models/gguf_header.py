@@ -17,6 +17,8 @@ _NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: 
 _STRING, _ARRAY = 8, 9
 # Readers make an object of each element. The largest vocabularies have a quarter of a million tokens.
 _MOST_ELEMENTS = 2**22
+# GGML_MAX_DIMS. The product of millions of sizes would take hours.
+_MOST_AXES = 4
 
 
 class Header(NamedTuple):
@@ -66,8 +68,10 @@ class _Reader:
         elements: dict[str, int] = {}
         ends: list[tuple[str, int]] = []
         for _ in range(tensors):
-            name = self.string()
-            shape = [self.number("Q") for _ in range(self.number("I"))]
+            name, axes = self.string(), self.number("I")
+            if axes > _MOST_AXES:
+                raise ValueError(f"tensor {checks.shown(name)} has {axes} axes, more than {_MOST_AXES}")
+            shape = [self.number("Q") for _ in range(axes)]
             kind, offset = GGMLQuantizationType(self.number("I")), self.number("Q")
             elements[name] = prod(shape)
             per_block, block_bytes = GGML_QUANT_SIZES[kind]
