@@ -22,6 +22,8 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 INT32_MAX = 2**31 - 1
+# So many positions from 0 on differ from one another, and from a negative one, by what fits an int32.
+MOST_POSITIONS = 2**30
 _FLOAT32_MAX = float(np.finfo(np.float32).max)
 # The least number that is positive in float32, and that the XLA of a CPU does not take for 0.
 POSITIVE = float(np.finfo(np.float32).tiny)
@@ -57,7 +59,7 @@ def real(name: str, value: Any, least: float = -math.inf, hint: str = "") -> flo
     # Compared by Python: a float16 of NumPy would take the limit for infinity, and an int may be beyond any float.
     value = value.item() if isinstance(value, np.generic) else value
     if not -_FLOAT32_MAX <= value <= _FLOAT32_MAX:
-        raise ValueError(f"{name} must be finite in float32, or every output is NaN, got {describe(value)}")
+        raise ValueError(f"{name} must be finite in float32, got {describe(value)}")
     if value < least:
         limit = "positive" if least == POSITIVE else f"at least {least:g}"
         raise ValueError(f"{name} must be {limit}, got {describe(value)}")
@@ -112,7 +114,7 @@ def length(name: str, value: Length) -> Length:
             f"{name} is a shape and must be a Python int, got {describe(value)}; a length that changes at run time "
             "belongs into an offset or a padding mask of fixed size"
         )
-    return integer(name, value, minimum=1)
+    return integer(name, value, 1, MOST_POSITIONS)
 
 
 def block(value: object) -> tuple[int, int]:

@@ -158,11 +158,8 @@ class Description:
         self._check_fields()
         for name in names:
             value = getattr(self, name)
-            if isinstance(value, np.ndarray) and value.flags.writeable:
-                # A mask is a value: what is written into the array later must not change it, for a compiled program
-                # would not see that. What cannot be written into, such as a broadcast, is not copied.
-                value = value.copy()
-                value.flags.writeable = False
+            if isinstance(value, np.ndarray) and _may_change(value):
+                value = _copied(value)
                 self._set(**{name: value})
             masks = value if isinstance(value, tuple) else (value,)
             is_mask = all(isinstance(mask, Description) for mask in masks)
@@ -258,6 +255,25 @@ def _says_what_it_takes(init: Callable[..., None]) -> Callable[..., None]:
             raise
 
     return checked
+
+
+def _may_change(array: Any) -> bool:
+    """Whether something could write into the memory of an array: by itself, or by the array that it is a view of."""
+    while isinstance(array, np.ndarray):
+        if array.flags.writeable:
+            return True
+        array = array.base
+    return False
+
+
+def _copied(array: "np.ndarray[Any, Any]") -> "np.ndarray[Any, Any]":
+    """An array that nothing can write into. A broadcast is copied as small as it is.
+
+    A mask is a value: what is written into an array later must not change it, as a compiled program would not see that.
+    """
+    once = np.array(array[tuple(slice(None if step else 1) for step in array.strides)])
+    once.flags.writeable = False
+    return np.broadcast_to(once, array.shape)
 
 
 def _shown(value: object) -> str:

@@ -83,7 +83,7 @@ def shared_prefix(
             f"segment_ids and prefix_ids must agree on the size of batch, got {checks.describe(ids)} and "
             f"{checks.describe(prefix)}"
         )
-    count = prefix.shape[1]
+    count = checks.some("prefix_ids", prefix, "document").shape[1]
     if isinstance(ids, np.ndarray) and ids.size and not 0 <= ids.min() <= ids.max() < count:
         raise ValueError(
             f"segment_ids must be indices of the {count} documents in prefix_ids, {checks.describe(prefix)}, got ids "
@@ -138,7 +138,8 @@ def jetspec_tree(
      [1 1 0 1]]
     """
     prefix_length = checks.scalar("prefix_length", prefix_length, 0, LIMIT, ranks=(0, 1))
-    checks.array("ancestors", ancestors, "b", 2, 4)
+    if checks.array("ancestors", ancestors, "b", 2, 4).shape[-2] != ancestors.shape[-1]:
+        raise ValueError(f"ancestors must have a row and a column for each node, got {checks.describe(ancestors)}")
     return Prefix(prefix_length) | Blocks(ancestors, size=1, start=prefix_length)
 
 
@@ -157,7 +158,7 @@ def tree_ancestors(parents: Sequence[int]) -> Bool[np.ndarray, "nodes nodes"]:
     """
     ancestors = np.eye(len(parents), dtype=np.bool_)
     for node, parent in enumerate(parents[1:], start=1):
-        if not 0 <= parent < node:
+        if not 0 <= checks.integer(f"parents[{node}]", parent, -checks.INT32_MAX) < node:
             raise ValueError(f"parents must come before their children, got {parent} for node {node}")
         ancestors[node] |= ancestors[parent]
     return ancestors

@@ -149,7 +149,9 @@ def _checked_axes(**sizes: Sizes) -> list[tuple[int, ...]]:
     (first, tokens), *_ = sizes.items()
     checked: list[tuple[int, ...]] = []
     for name, value in sizes.items():
-        if not isinstance(value, tuple | list) or len(value) != len(tokens) or not value:
+        if not isinstance(value, tuple | list) or not value:
+            raise TypeError(f"{name} must be a tuple with a size for each axis, got {checks.describe(value)}")
+        if len(value) != len(tokens):
             raise ValueError(f"{name} must have a size for each axis of {first}, got {value!r} for {tokens!r}")
         checked.append(tuple(checks.integer(f"{name}[{axis}]", size, minimum=1) for axis, size in enumerate(value)))
     if math.prod(checked[0]) > LIMIT:

@@ -173,7 +173,7 @@ def bigbird(random_blocks: Integer[Array | np.ndarray, "heads middle_blocks rand
      [1 0 0 1 1 1 1]
      [1 1 1 1 1 1 1]]
     """
-    checks.fits_int32("random_blocks", checks.array("random_blocks", random_blocks, "i", 3))
+    checks.array("random_blocks", random_blocks, "i", 3)
     block_size = checks.scalar("block_size", block_size, minimum=1)
     if random_blocks.shape[1] == 0:
         raise ValueError(
@@ -181,6 +181,7 @@ def bigbird(random_blocks: Integer[Array | np.ndarray, "heads middle_blocks rand
             f"got {checks.describe(random_blocks)}"
         )
     blocks = random_blocks.shape[1] + 2
+    checks.in_range("random_blocks", random_blocks, 0, blocks - 1)
     q, kv = np.indices((blocks, blocks))
     local_or_global = (abs(q - kv) <= 1) | np.isin(q, (0, blocks - 1)) | np.isin(kv, (0, blocks - 1))
     # The first and the last block of queries have no row of their own. They attend to all, whatever row they are given.
@@ -210,6 +211,7 @@ def bigbird_random_blocks(
             f"count must be at most blocks - 5, for neighbours and global blocks are attended to anyway, got {count} "
             f"of {blocks} blocks"
         )
-    random, middle = np.random.default_rng(seed), np.arange(1, blocks - 1)
+    random = np.random.default_rng(checks.integer("seed", seed, minimum=0))
+    middle = np.arange(1, blocks - 1)
     far = [middle[abs(middle - block) > 1] for block in middle]
     return np.array([[random.choice(others, count, replace=False) for others in far] for _ in range(heads)], np.int32)

@@ -164,8 +164,22 @@ def test_what_is_written_into_an_array_later_does_not_change_a_mask_of_it() -> N
         np.testing.assert_array_equal(mask.dense(4, 4, query_positions=np.arange(4)), before)
 
 
+@pytest.mark.parametrize("shape", [(1, 2, 4, 4), (1, 1, 4, 4)])
+def test_what_is_written_into_an_array_behind_a_view_does_not_change_a_mask_of_the_view(shape: Any) -> None:
+    behind = np.ones((1, 1, 4, 4), bool)
+    for view in (np.broadcast_to(behind, shape), np.broadcast_to(behind[..., :1], shape)):
+        behind[:] = True
+        mask = Dense(view)
+        behind[:] = False
+        assert mask.dense(4, 4).all()
+
+
 def test_an_array_that_cannot_be_written_into_is_not_copied() -> None:
-    allowed = np.broadcast_to(np.ones((1, 1, 4, 1), bool), (1, 2, 4, 4))
-    assert Dense(allowed).allowed is allowed
-    kept = Dense(np.ones((4, 4), bool)).allowed
+    kept: Any = Dense(np.ones((4, 4), bool)).allowed
     assert Dense(kept).allowed is kept
+    assert Dense(broadcast := np.broadcast_to(kept, (1, 2, 4, 4))).allowed is broadcast
+
+
+def test_a_broadcast_array_takes_no_more_memory_than_before() -> None:
+    copied: Any = Dense(np.broadcast_to(np.ones((1, 1, 4, 1), bool), (1, 2, 4, 4))).allowed
+    assert copied.strides == (0, 0, 1, 0)

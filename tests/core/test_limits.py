@@ -293,6 +293,10 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: Causal().dense(1, 4, query_positions=np.array([LIMIT + 1])),
         "query_positions must be at least",
     ),
+    "offset-of-tiles": (lambda: Causal().tiles(4, 4, offset=INT32_MAX), "offset must be at least"),
+    "offset-of-numpy": (lambda: Causal().dense(4, 4, offset=np.array([INT32_MAX])), "offset must be at least"),
+    "keys": (lambda: Window(None, 5).tiles(1, LIMIT + 2, block=2**24, offset=0), "key_length must be at least 1 and"),
+    "queries": (lambda: Window(None, 5).tiles(LIMIT + 2, 1, block=2**24, offset=0), "query_length must be at least 1"),
     "canvas": (lambda: zoo.natten((2**16, 2**16), (3, 3)), "canvas must hold at most"),
     "canvas-of-few-bits": (lambda: zoo.sta((np.uint8(128),) * 5, (1,) * 5, (1,) * 5), "canvas must hold at most"),
     "images": (
@@ -308,6 +312,28 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
 def test_a_number_beyond_the_limits_is_refused(call: Callable[[], Any], says: str) -> None:
     with pytest.raises(ValueError, match=says):
         call()
+
+
+# Each of these once wrapped, or was taken.
+
+
+@pytest.mark.parametrize("start", [INT32_MAX, -INT32_MAX])
+@pytest.mark.parametrize("as_given", [int, np.int32, np.array, jnp.array], ids=["int", "int32", "numpy", "jax"])
+def test_chunks_from_the_last_of_integers_on_are_those_of_int64(start: int, as_given: Any) -> None:
+    q, kv = np.ogrid[:5, :5]
+    expected = (q - np.int64(start)) // 3 == (kv - np.int64(start)) // 3
+    np.testing.assert_array_equal(Chunked(3, as_given(start)).dense(5, 5)[0, 0], expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_an_empty_ring_has_no_positions(dtype: Any) -> None:
+    np.testing.assert_array_equal(zoo.ring_positions(4, dtype(0)), [-4, -3, -2, -1])
+
+
+@pytest.mark.parametrize("build", [SlidingWindow, lambda n: Window(n, None), lambda n: Window(0, n), Prefix, Chunked])
+def test_a_negative_number_in_an_array_of_numpy_is_refused(build: Any) -> None:
+    with pytest.raises(ValueError, match=r"must be at least [01] and fit an int32, got int64\[\] from -1 to -1"):
+        build(np.array(-1))
 
 
 def test_the_ends_of_positions_do_not_wrap() -> None:

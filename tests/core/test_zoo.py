@@ -616,6 +616,7 @@ def test_tiles_find_nearly_all_that_is_empty(example: Example, block: int) -> No
 
 lib: Any = zoo
 IDS = np.zeros((2, 5), np.int32)
+RANDOM_BLOCKS = np.array([[[0], [4]]])
 FLOATS = np.zeros((2, 5), np.float32)
 VALID = np.ones((2, 5), np.bool_)
 BAD: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
@@ -644,6 +645,15 @@ BAD: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "global": (lambda: lib.global_sliding_window(1, FLOATS), TypeError, r"is_global must be bool or integer.*float32"),
     "odd": (lambda: lib.longformer(5, VALID), ValueError, r"attention_window must be even.*got 5"),
     "random-rank": (lambda: lib.bigbird(IDS, 4), ValueError, r"random_blocks must have rank 3.*int32\[2, 5\]"),
+    "random-beyond": (
+        lambda: lib.bigbird(RANDOM_BLOCKS, 4),
+        ValueError,
+        r"random_blocks must be from 0 to 3.*from 0 to 4",
+    ),
+    "random-before": (lambda: lib.bigbird(RANDOM_BLOCKS - 1, 4), ValueError, r"random_blocks must be .*from -1 to 3"),
+    "random-seed": (lambda: lib.bigbird_random_blocks(-1, 1, 8, 3), ValueError, "seed must be at least 0.*got -1"),
+    "nodes": (lambda: lib.jetspec_tree(2, np.ones((2, 3), bool)), ValueError, "ancestors must have a row and a column"),
+    "no-documents": (lambda: lib.shared_prefix(IDS, np.ones((2, 0), int)), ValueError, "prefix_ids must have at least"),
     "too-random": (lambda: lib.bigbird_random_blocks(0, 1, 8, 4), ValueError, r"count must be at most.*got 4 of 8"),
     "images": (lambda: lib.gemma3(FLOATS), TypeError, r"block_sequence_ids must be integer.*float32"),
     "documents": (lambda: lib.document(Causal(), VALID), TypeError, r"segment_ids must be integer.*bool"),
@@ -651,7 +661,8 @@ BAD: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "prefixes": (lambda: lib.shared_prefix(IDS, IDS[:1]), ValueError, r"segment_ids and prefix_ids.*size of batch"),
     "intervals": (lambda: lib.vision_cross_attention(IDS[None], 4), ValueError, r"\[batch, images, 2\].*\[1, 2, 5\]"),
     "axes": (lambda: lib.natten((4, 4), (3,)), ValueError, r"kernel must have a size for each axis of canvas.*\(3,\)"),
-    "no-axes": (lambda: lib.natten(4, 3), ValueError, r"canvas must have a size for each axis.*got 4"),
+    "no-axes": (lambda: lib.natten(4, 3), TypeError, r"canvas must be a tuple with a size for each axis, got 4"),
+    "axes-of-an-array": (lambda: lib.natten(np.array([4]), (3,)), TypeError, r"canvas must be a tuple.*int64\[1\]"),
     "side": (lambda: lib.natten((4, 0), (3, 3)), ValueError, r"canvas\[1\] must be at least 1.*got 0"),
     "tiles": (lambda: lib.tiled_natten((4, 4), (3, 3), (2, 3)), ValueError, r"canvas must be filled by whole tiles"),
     "morton-high": (
@@ -667,6 +678,7 @@ BAD: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "kernel": (lambda: lib.sta((4, 4), (3, 2), (2, 2)), ValueError, r"kernel must be filled by whole tiles.*\(3, 2\)"),
     "round": (lambda: lib.svg_spatial_head(1, 4, 2, False, 9), ValueError, r"rounded down.*at least 1.*got 0"),
     "narrow": (lambda: lib.svg_temporal_head(1, 9, 4, 2), ValueError, r"// num_frames must be at least 1.*got 0"),
+    "parent": (lambda: lib.tree_ancestors([-1, 0.0]), TypeError, r"parents\[1\] must be a Python int, got 0.0"),
     "parents": (lambda: lib.tree_ancestors([-1, 2, 0]), ValueError, r"parents must come before.*got 2 for node 1"),
     "ancestors": (lambda: lib.jetspec_tree(1, IDS), TypeError, r"ancestors must be bool, got int32"),
     "block": (lambda: lib.jetspec_training(1, 0), ValueError, r"block_size must be at least 1.*got 0"),

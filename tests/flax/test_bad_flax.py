@@ -17,6 +17,7 @@ from jaxmask.flax import (
     Decoder,
     DecoderConfig,
     DecoderLayer,
+    Encoder,
     EncoderConfig,
     Llama3Scaling,
     Rope,
@@ -34,6 +35,7 @@ MODEL = Decoder(
 CHUNKED = Decoder(
     DecoderConfig(16, 8, 16, heads=2, kv_heads=1, head_dim=4, layers=(DecoderLayer(chunk=2),)), rngs=nnx.Rngs(0)
 )
+BLOCKS = Decoder(dataclasses.replace(MODEL.config, blocks_exceed_window=True), rngs=nnx.Rngs(0))
 TOKENS, VALID = left_pad([[1, 2, 3], [4]])
 
 
@@ -67,6 +69,7 @@ def config(**changed: Any) -> DecoderConfig:
 
 CACHE = [
     bad("batch", lambda: empty(0), VALUE, "batch must be at least 1", "got 0"),
+    bad("positions", lambda: empty(length=2**31 - 1, layers=(4,)), VALUE, "length must be", "at most 1073741824"),
     bad("length", lambda: empty(length=2.0), TYPE, "length must be a Python int", "got 2.0"),
     bad("no-layers", lambda: empty(layers=()), VALUE, "layers must give the window of each layer"),
     bad("number-of-layers", lambda: empty(layers=3), TYPE, "layers must be a sequence of windows", "got 3"),
@@ -124,6 +127,8 @@ DECODER = [
     bad("other-dim", lambda: MODEL(TOKENS, cache=empty(dim=8)), VALUE, *ANOTHER),
     bad("other-dtype", lambda: MODEL(TOKENS, cache=empty(dtype=jnp.bfloat16)), VALUE, *ANOTHER),
     bad("a-ring-for-all", lambda: MODEL(TOKENS, cache=empty(layers=(4, 4))), VALUE, *ANOTHER),
+    bad("no-cache", lambda: MODEL(TOKENS, cache=cast(Any, 3)), TYPE, "cache must be a Cache", "got 3"),
+    bad("a-ring-for-blocks", lambda: BLOCKS(TOKENS, cache=empty()), VALUE, *ANOTHER),
     bad("a-shorter-ring", lambda: MODEL(TOKENS, cache=empty(layers=(None, 3))), VALUE, *ANOTHER),
     bad("layers-number", lambda: config(layers=3), TYPE, "layers must be a tuple with a DecoderLayer", "got 3"),
     bad("layers-of-another", lambda: config(layers=(3,)), TYPE, "layers must be a tuple", r"got \(3,\)"),
@@ -136,6 +141,11 @@ DECODER = [
     bad("encoder-epsilon", lambda: EncoderConfig(16, 8, 16, 1, 2, epsilon=-1.0), VALUE, "epsilon must be at least 0"),
     bad("theta", lambda: Rope(theta=0), VALUE, "theta must be positive", "got 0"),
     bad("factor", lambda: Rope(factor=-1.0), VALUE, "factor must be positive", "got -1.0"),
+    bad("scaling", lambda: Rope(scaling=cast(Any, 3)), TYPE, "scaling must be a Llama3Scaling or None", "got 3"),
+    bad("rope", lambda: DecoderLayer(rope=cast(Any, 1e4)), TYPE, "rope must be a Rope or None", "got 10000.0"),
+    bad("floor", lambda: DecoderLayer(temperature=(0, 0.1)), VALUE, "floor of temperature must be positive", "got 0"),
+    bad("scale", lambda: DecoderLayer(temperature=(1, 1e300)), VALUE, "scale of temperature must be finite"),
+    bad("temperature", lambda: DecoderLayer(temperature=cast(Any, 2.0)), TYPE, r"temperature must be \(floor, scale\)"),
     bad("llama-factor", lambda: Llama3Scaling(0, 1, 4, 8), VALUE, "factor must be positive", "got 0"),
     bad("llama-frequencies", lambda: Llama3Scaling(8, 4, 4, 8), VALUE, "high_frequency_factor must be above low"),
     bad("chunk", lambda: DecoderLayer(chunk=-1), VALUE, "chunk must be at least 1", "got -1"),
@@ -262,7 +272,17 @@ GENERATE = [
     bad("key-int", lambda: run(temperature=1.0, key=3), TYPE, "key must be one key", r"jax.random.key\(0\)", "got 3"),
     bad("pad-float", lambda: left_pad([[1], [2, 3]], pad=cast(Any, 1.5)), TYPE, "pad must be a Python int", "1.5"),
     bad("short-cache", lambda: run(cache_length=3), VALUE, "cache_length must be at least 4", "3 tokens and 2 new"),
-    bad("temperature", lambda: run(temperature=-1.0), VALUE, "temperature must be finite and at least 0", "got -1.0"),
+    bad("temperature", lambda: run(temperature=-1.0), VALUE, "temperature must be at least 0", "got -1.0"),
+    bad("temperature-nan", lambda: run(temperature=float("nan")), VALUE, "temperature must be finite", "got nan"),
+    bad("temperature-tiny", lambda: run(temperature=1e-38), VALUE, "temperature must be 0 or fit a float32", "1e-38"),
+    bad("temperature-huge", lambda: run(temperature=1e300), VALUE, "temperature must be finite", r"got 1e\+300"),
+    bad(
+        "temperature-int", lambda: run(temperature=10**400), VALUE, "temperature must be finite", "more than 40 digits"
+    ),
+    bad("temperature-text", lambda: run(temperature="hot"), TYPE, "temperature must be a Python float", "'hot'"),
+    bad("temperature-bool", lambda: run(temperature=True), TYPE, "temperature must be a Python float", "True"),
+    bad("top-p-text", lambda: run(top_p="most"), TYPE, "top_p must be a Python float", "'most'"),
+    bad("top-p-nan", lambda: run(top_p=float("nan")), VALUE, "top_p must be finite", "got nan"),
     bad("no-key", lambda: run(temperature=1.0), VALUE, "key is missing", r"jax\.random\.key"),
     bad("top-k", lambda: run(top_k=0), VALUE, "top_k must be at least 1"),
     bad("top-p", lambda: run(top_p=0.0), VALUE, "top_p must be above 0 and at most 1", "got 0.0"),
@@ -309,6 +329,27 @@ ENCODER_DECODER = [
     ),
 ]
 
+
+def answer_with(**changed: Any) -> Any:
+    """An answer of T5 with a cache that is like its own, but for what is changed."""
+    cache = empty(**{"layers": (None,), "kv_heads": 2, **changed})
+    return T5_MODEL.read(TOKENS)(TOKENS, cache=cache)
+
+
+ENCODER_DECODER += [
+    bad("a-cache-of-more-layers", lambda: answer_with(layers=(None, None)), VALUE, *ANOTHER),
+    bad("a-cache-of-other-heads", lambda: answer_with(kv_heads=1), VALUE, *ANOTHER),
+    bad("a-cache-of-another-dim", lambda: answer_with(dim=8), VALUE, *ANOTHER),
+    bad("a-cache-of-another-dtype", lambda: answer_with(dtype=jnp.bfloat16), VALUE, *ANOTHER),
+    bad("a-ring", lambda: answer_with(layers=(3,)), VALUE, *ANOTHER),
+    bad("a-cache-of-other-rows", lambda: answer_with(batch=3), VALUE, "as many rows as the cache, 3, got"),
+    bad("epsilon", lambda: dataclasses.replace(T5_MODEL.config, epsilon=-1.0), VALUE, "epsilon must be at least 0"),
+    bad(
+        "no-text", lambda: T5_MODEL.read(TOKENS[:, :0]), VALUE, "tokens must have at least one token", r"int32\[2, 0\]"
+    ),
+    bad("no-answer", lambda: T5_MODEL.read(TOKENS)(TOKENS[:, :0]), VALUE, "tokens must have at least one token"),
+]
+
 test_bad_encoder_decoders = refusals(ENCODER_DECODER)
 test_bad_caches = refusals(CACHE)
 test_bad_configs = refusals(CONFIG)
@@ -338,6 +379,12 @@ def test_the_last_logits_of_a_row_of_padding_are_nan() -> None:
     logits, _ = MODEL(TOKENS, valid, last_only=True)
     np.testing.assert_allclose(logits[0, 0], MODEL(TOKENS[:1, :2])[0][0, -1], atol=1e-5)
     assert jnp.isnan(logits[1]).all()
+
+
+def test_no_text_is_no_error() -> None:
+    nothing, encoder = TOKENS[:0], Encoder(EncoderConfig(16, 8, 16, layers=1, heads=2), rngs=nnx.Rngs(0))
+    assert MODEL(nothing, VALID[:0], last_only=True)[0].shape == (0, 1, 16)
+    assert encoder(nothing).shape == T5_MODEL.encode(nothing, VALID[:0]).shape == (0, 3, 8)
 
 
 def test_a_full_cache_takes_no_more() -> None:

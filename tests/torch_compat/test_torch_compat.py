@@ -373,6 +373,12 @@ def test_an_operation_without_an_oracle_is_refused_or_left_out() -> None:
         verify.run(operations=["expand_mask", "chunked_overlay"], oracles=["reference"])
 
 
+@pytest.mark.parametrize("number", ["cases", "seed"])
+def test_bad_numbers_are_refused_by_name(number: str) -> None:
+    with pytest.raises(ValueError, match=rf"{number} must be at least [01], got -1"):
+        verify.run(**{number: -1})  # pyright: ignore[reportArgumentType]
+
+
 @pytest.mark.parametrize("arguments", [{"operations": ["to_5d"]}, {"dtypes": ["int8"]}, {"oracles": ["me"]}])
 def test_unknown_names_are_refused_with_the_known_ones(arguments: dict[str, list[str]]) -> None:
     with pytest.raises(ValueError, match=r"'\w+' is not one of \w+, "):

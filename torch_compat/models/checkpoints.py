@@ -93,7 +93,9 @@ def file_in(folder: Path, name: str) -> Path:
 
 def _is_plain(name: str) -> bool:
     """Whether a name is that of a file in a folder, and not a path, by the rules of any system."""
-    return name.isprintable() and 0 < len(name.encode()) < 256 and not set(name) & set("/\\:") and name not in (".", "..")
+    return (
+        name.isprintable() and 0 < len(name.encode()) < 256 and not set(name) & set("/\\:") and name not in (".", "..")
+    )
 
 
 def read_json(path: Path) -> dict[str, Any]:

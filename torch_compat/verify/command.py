@@ -62,7 +62,7 @@ def run(
     Args:
         cases: the number of cases for each operation and dtype; 120, and 12 for attention, where it is ``None``. Long
             attention has one.
-        seed: for the generated inputs.
+        seed: for the generated inputs, at least 0.
         operations, dtypes, oracles: names; all of them where it is ``None``. The models are run where all of both
             are.
         report: a file for the results as JSON.
@@ -72,12 +72,15 @@ def run(
         The exit status: 1 where anything differs, else 0.
 
     Raises:
-        ValueError: a name is not known; no oracle is left for an operation; the number of cases is not positive.
+        ValueError: a name is not known; no oracle is left for an operation; the number of cases is not positive, or
+            the seed is negative.
         OSError: the report cannot be written there.
         ModuleNotFoundError: the weights of a model are missing.
     """
     if cases is not None and cases < 1:
         raise ValueError(f"cases must be at least 1, got {cases}")
+    if seed < 0:
+        raise ValueError(f"seed must be at least 0, got {seed}")
     dtypes = _known("dtype", dtypes, tuple(DTYPES))
     oracles = _known("oracle", oracles, ALL_ORACLES)
     comparable = tuple(operation for operation in ALL_OPERATIONS if set(oracles_of(operation)) & set(oracles))

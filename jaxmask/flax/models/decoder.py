@@ -20,7 +20,7 @@ from jaxmask import checks
 from jaxmask.dispatch import Implementation, attention
 from jaxmask.flax.cache import Cache, LayerCache, Step, Valid, as_valid, consecutive
 from jaxmask.flax.models.blockwise import Blockwise
-from jaxmask.flax.models.layers import Linear, convert_sizes, embed, last_token, project
+from jaxmask.flax.models.layers import Linear, check_cache, convert_sizes, embed, last_token, project
 from jaxmask.mask import And, Empty, Full, Mask, Or
 from jaxmask.masks import Causal, Chunked, Padding, Segments, Window
 
@@ -71,6 +71,8 @@ class Rope:
     def __post_init__(self) -> None:
         for name in ("theta", "factor"):
             checks.real(name, getattr(self, name), checks.POSITIVE)
+        if not isinstance(self.scaling, Llama3Scaling | None):
+            raise TypeError(f"scaling must be a Llama3Scaling or None, got {checks.describe(self.scaling)}")
 
     def angles(self, positions: Integer[Array | np.ndarray, "batch q"], dim: int) -> tuple[Array, Array]:
         """Cosine and sine for heads of size ``dim``, float32 ``[batch, q, 1, dim // 2]``."""
@@ -103,7 +105,8 @@ class DecoderLayer:
             Transformers counts padding on the left as positions here, so its output for a text depends on the padding.
 
     Raises:
-        TypeError, ValueError: a window or a chunk is not an integer of at least 1.
+        TypeError, ValueError: a window or a chunk is not an integer of at least 1; ``rope`` is no :class:`Rope`;
+            ``temperature`` is no pair of a positive and a finite number.
     """
 
     window: int | None = None
@@ -113,6 +116,15 @@ class DecoderLayer:
 
     def __post_init__(self) -> None:
         convert_sizes(self, *(name for name in ("window", "chunk") if getattr(self, name) is not None))
+        if not isinstance(self.rope, Rope | None):
+            raise TypeError(f"rope must be a Rope or None, got {checks.describe(self.rope)}")
+        if self.temperature is not None:
+            if not isinstance(self.temperature, tuple) or len(self.temperature) != 2:
+                raise TypeError(f"temperature must be (floor, scale), got {checks.describe(self.temperature)}")
+            for name, value, least in zip(
+                ("floor", "scale"), self.temperature, (checks.POSITIVE, -math.inf), strict=True
+            ):
+                checks.real(f"{name} of temperature", value, least)
 
     def mask(
         self,
@@ -247,7 +259,8 @@ class Attention(nnx.Module):
     def __init__(self, config: DecoderConfig, layer: DecoderLayer, param_dtype: DTypeLike, rngs: nnx.Rngs) -> None:
         self.config, self.layer = config, layer
         # One product in place of three: on a CPU, the start of each costs time in a decoding step.
-        self.sizes = tuple(config.head_dim * heads for heads in (config.heads, config.kv_heads, config.kv_heads))
+        self.heads = config.heads, config.kv_heads, config.kv_heads
+        self.sizes = tuple(config.head_dim * heads for heads in self.heads)
         linear = partial(Linear, param_dtype=param_dtype, rngs=rngs)
         self.query_key_value = linear(config.dim, sum(self.sizes), use_bias=config.qkv_bias)
         self.out = linear(self.sizes[0], config.dim, use_bias=config.out_bias)
@@ -260,8 +273,10 @@ class Attention(nnx.Module):
     ) -> tuple[Float[Array, "batch q dim"], LayerCache | None]:
         config, layer, (positions, mask, blocks, step, implementation) = self.config, self.layer, context
         query, key, value = (
-            part.reshape(*x.shape[:2], -1, config.head_dim)
-            for part in jnp.split(self.query_key_value(x), np.cumsum(self.sizes[:2]), -1)
+            part.reshape(*x.shape[:2], heads, config.head_dim)
+            for part, heads in zip(
+                jnp.split(self.query_key_value(x), np.cumsum(self.sizes[:2]), -1), self.heads, strict=True
+            )
         )
         if config.qk_norm == "weighted":
             query, key = self.query_norm(query), self.key_norm(key)
@@ -283,7 +298,7 @@ class Attention(nnx.Module):
         else:
             new = query, key, value
             out, cache = cache.attend(step, *new, own, scale=scale, logits_soft_cap=cap, implementation=implementation)
-        return self.out(out.reshape(*x.shape[:2], -1)), cache
+        return self.out(out.reshape(*x.shape[:2], self.sizes[0])), cache
 
 
 class FeedForward(nnx.Module):
@@ -349,10 +364,15 @@ class Decoder(nnx.Module):
 
     def empty_cache(self, batch: SupportsIndex, length: SupportsIndex) -> Cache:
         """A cache for ``batch`` texts of at most ``length`` tokens. It raises as :meth:`Cache.empty` does."""
+        config, dtype = self.config, self.embedding.embedding.dtype
+        heads: Any = {"kv_heads": config.kv_heads, "dim": config.head_dim}
+        return Cache.empty(batch, length, layers=self._windows, **heads, dtype=dtype)
+
+    @property
+    def _windows(self) -> list[int | None]:
+        """How many keys each layer looks back on; ``None`` for all."""
         config = self.config
-        windows = [None if config.blocks_exceed_window else layer.looks_back for layer in config.layers]
-        dtype = self.embedding.embedding.dtype
-        return Cache.empty(batch, length, layers=windows, kv_heads=config.kv_heads, dim=config.head_dim, dtype=dtype)
+        return [None if config.blocks_exceed_window else layer.looks_back for layer in config.layers]
 
     def embed(
         self,
@@ -410,12 +430,9 @@ class Decoder(nnx.Module):
             raise ValueError(f"tokens must have at least one token in a row, got {checks.describe(tokens)}")
         if valid is not None:
             valid = as_valid(valid, tokens.shape)
-        if cache is not None and not self._made(cache):
-            raise ValueError("cache is not one of this model: begin with the one that its empty_cache returns")
-        if cache is not None and len(cache.tokens) != len(tokens):
-            raise ValueError(
-                f"tokens must have as many rows as the cache, {len(cache.tokens)}, got {checks.describe(tokens)}"
-            )
+        if cache is not None:
+            heads = self.config.kv_heads, self.config.head_dim
+            check_cache(cache, tokens, self._windows, heads, self.embedding.embedding.dtype)
         if cache is not None and (mask is not None or positions is not None):
             raise ValueError(
                 "mask and positions need a call without a cache, for a cache knows the positions of its tokens; leave "
@@ -468,15 +485,6 @@ class Decoder(nnx.Module):
         if (cap := self.config.logits_cap) is not None:
             logits = cap * jnp.tanh(logits / cap)
         return logits, None if step is None else step.end(layers)
-
-    def _made(self, cache: Cache) -> bool:
-        """Whether a cache has the layers of this model, each with room for all keys that it looks back on."""
-        heads = self.config.kv_heads, self.config.head_dim
-        return len(cache.layers) == len(self.blocks) and all(
-            (layer.key.shape[2:], layer.key.dtype) == (heads, self.embedding.embedding.dtype)
-            and not (layer.is_ring and (ours.looks_back is None or ours.looks_back > layer.key.shape[1]))
-            for ours, layer in zip(self.config.layers, cache.layers, strict=True)
-        )
 
     def _refuse_mixed_documents(self, mask: Mask | None, positions: Any, valid: Any) -> None:
         """Refuse positions that begin anew without ids of documents, and ids without positions where these matter."""

@@ -65,7 +65,7 @@ class EncoderLayer(nnx.Module):
         self.mlp_norm = _norm(config, param_dtype, rngs)
 
     def __call__(self, hidden: Hidden, mask: Mask, implementation: Implementation | None = None) -> Hidden:
-        heads = (*hidden.shape[:2], self.heads, -1)
+        heads = (*hidden.shape[:2], self.heads, hidden.shape[2] // self.heads)
         query, key, value = (project(hidden).reshape(heads) for project in (self.query, self.key, self.value))
         attended = attention(query, key, value, mask, implementation=implementation)
         hidden = self.attention_norm(hidden + self.out(attended.reshape(hidden.shape)))

@@ -193,14 +193,12 @@ def check_settings(*, max_new_tokens: int, temperature: float, top_k: int | None
         TypeError: a setting has the wrong type.
     """
     checks.integer("max_new_tokens", max_new_tokens, 1)
-    if not 0 <= temperature < float("inf"):
-        raise ValueError(f"temperature must be finite and at least 0, got {temperature}")
-    if 0 < temperature < checks.POSITIVE:
+    if 0 < checks.real("temperature", temperature, 0) < checks.POSITIVE:
         raise ValueError(f"temperature must be 0 or fit a float32, got {temperature}")
     if top_k is not None:
         checks.integer("top_k", top_k, 1)
-    if top_p is not None and not 0 < top_p <= 1:
-        raise ValueError(f"top_p must be above 0 and at most 1, got {top_p}")
+    if top_p is not None and not 0 < checks.real("top_p", top_p) <= 1:
+        raise ValueError(f"top_p must be above 0 and at most 1, got {checks.describe(top_p)}")
 
 
 @partial(jax.jit, static_argnums=0, donate_argnums=2)

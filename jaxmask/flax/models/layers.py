@@ -1,4 +1,7 @@
-"""What the models share: linear projections, token embeddings, and the check of sizes."""
+"""What the models share: linear projections, token embeddings, and the checks of sizes and caches."""
+
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +11,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, DTypeLike, Float, Integer
 
 from jaxmask import checks
+from jaxmask.flax.cache import Cache
 
 
 def project(x: Float[Array, "... in"], weight: Float[Array, "out in"]) -> Float[Array, "... out"]:
@@ -84,3 +88,37 @@ def convert_sizes(config: object, *names: str) -> None:
     """
     for name in names:
         object.__setattr__(config, name, checks.integer(name, getattr(config, name), 1))
+
+
+def check_cache(
+    cache: Any,
+    tokens: Integer[Array | np.ndarray, "batch q"],
+    windows: Sequence[int | None],
+    heads: tuple[int, int],
+    dtype: DTypeLike,
+) -> None:
+    """Refuse a cache that is not one of a model: it could lack keys that a layer looks back on.
+
+    Args:
+        cache: what is checked.
+        tokens: the new ones, a row for each of the cache.
+        windows: how many keys each layer of the model looks back on; ``None`` for all.
+        heads: the number of heads of keys, and their size.
+        dtype: of the weights.
+
+    Raises:
+        TypeError: it is no cache at all.
+        ValueError: it has other layers, heads, rows or another dtype.
+    """
+    if not isinstance(cache, Cache):
+        raise TypeError(f"cache must be a Cache, as of empty_cache, got {checks.describe(cache)}")
+    if len(cache.layers) != len(windows) or not all(
+        (layer.key.shape[2:], layer.key.dtype) == (heads, dtype)
+        and not (layer.is_ring and (window is None or window > layer.key.shape[1]))
+        for window, layer in zip(windows, cache.layers, strict=True)
+    ):
+        raise ValueError("cache is not one of this model: begin with the one that its empty_cache returns")
+    if len(cache.tokens) != len(tokens):
+        raise ValueError(
+            f"tokens must have as many rows as the cache, {len(cache.tokens)}, got {checks.describe(tokens)}"
+        )

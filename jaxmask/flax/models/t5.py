@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, DTypeLike, Float, Int, Integer
 from jaxmask import checks
 from jaxmask.dispatch import Implementation, attention
 from jaxmask.flax.cache import Cache, LayerCache, Valid, as_valid
-from jaxmask.flax.models.layers import Linear, convert_sizes, embed, last_token, project
+from jaxmask.flax.models.layers import Linear, check_cache, convert_sizes, embed, last_token, project
 from jaxmask.mask import Full, Mask
 from jaxmask.masks import Causal, Padding
 
@@ -98,7 +98,7 @@ class T5Attention(nnx.Module):
 
     def __init__(self, config: T5Config, param_dtype: DTypeLike, rngs: nnx.Rngs) -> None:
         linear = partial(Linear, use_bias=False, param_dtype=param_dtype, rngs=rngs)
-        inner, self.head_dim = config.heads * config.head_dim, config.head_dim
+        inner, self.heads = config.heads * config.head_dim, (config.heads, config.head_dim)
         self.query, self.key, self.value = (linear(config.dim, inner) for _ in range(3))
         self.out = linear(inner, config.dim)
 
@@ -112,10 +112,10 @@ class T5Attention(nnx.Module):
 
     def join(self, attended: Heads) -> Hidden:
         """The heads in one."""
-        return self.out(attended.reshape(*attended.shape[:2], -1))
+        return self.out(attended.reshape(*attended.shape[:2], math.prod(self.heads)))
 
     def _heads(self, x: Hidden) -> Heads:
-        return x.reshape(*x.shape[:2], -1, self.head_dim)
+        return x.reshape(*x.shape[:2], *self.heads)
 
 
 class T5EncoderLayer(nnx.Module):
@@ -271,8 +271,10 @@ class T5Decoder(nnx.Module):
             TypeError: an argument has the wrong type or dtype.
         """
         is_token, texts = _checked(tokens, valid), len(self.text_keys[0])
-        if cache is not None and len(cache.layers) != self.config.layers:
-            raise ValueError("cache is not one of this model: begin with the one that its empty_cache returns")
+        if cache is not None:
+            config = self.config
+            windows, heads = [None] * config.layers, (config.heads, config.head_dim)
+            check_cache(cache, tokens, windows, heads, self.words.embedding.dtype)
         if len(tokens) != texts:
             raise ValueError(f"tokens must have a row for each of the {texts} texts, got {checks.describe(tokens)}")
         cache = self.empty_cache(*tokens.shape) if cache is None else cache
