@@ -80,3 +80,9 @@ class Span:
 def share(q_min: Any, q_max: Any, kv_min: Any, kv_max: Any) -> Bounds:
     """Whether some, and every, pair has equal numbers, where those of a tile are known to lie in a range."""
     return (q_min <= kv_max) & (kv_min <= q_max), (q_min == kv_max) & (q_max == kv_min)
+
+
+def share_ids(q: Span, kv: Span, query_ids: Any, key_ids: Any, has_query: Any, has_key: Any) -> Bounds:
+    """Whether some, and every, pair has one id, of which a query or a key may have none."""
+    some, every = share(q.least(query_ids), q.most(query_ids), kv.least(key_ids), kv.most(key_ids))
+    return some & q.most(has_query) & kv.most(has_key), every & q.least(has_query) & kv.least(has_key)

@@ -13,7 +13,7 @@ from jaxmask.indices import Allowed, Index, common, inside, lookup
 from jaxmask.mask import Mask
 from jaxmask.native import Native
 from jaxmask.positions import LIMIT, Extent, KeyPositions, Scalar, clipped
-from jaxmask.spans import Bounds, Span, share
+from jaxmask.spans import Bounds, Span, share_ids
 
 
 class Padding(Mask):
@@ -142,9 +142,8 @@ class Segments(Mask):
 
     def tile_bounds(self, b: Index, h: Index, q: Span, kv: Span) -> Bounds:
         query_ids, key_ids = self._query_ids(b, q.positions), lookup(self._keys, b=b, kv=kv.positions)
-        some, every = share(q.least(query_ids), q.most(query_ids), kv.least(key_ids), kv.most(key_ids))
         has_query, has_key = self._has_query(q.positions), inside(kv.positions, self._keys.shape[1])
-        return some & q.most(has_query) & kv.most(has_key), every & q.least(has_query) & kv.least(has_key)
+        return share_ids(q, kv, query_ids, key_ids, has_query, has_key)
 
     def native(self) -> Native | None:
         return Native(interval=self._interval) if self.consecutive else None

@@ -13,15 +13,11 @@ from jax.sharding import PartitionSpec as P
 from jaxmask import Causal, SlidingWindow
 from jaxmask.flax import Cache
 from jaxmask.flax.models.decoder import Decoder, DecoderConfig, DecoderLayer
-from tests.helpers.programs import collectives
+from tests.helpers.programs import collectives, mesh_of
 from tests.kernels.test_attention import random
 
 BATCH, PROMPT, ROOM, HEADS, KV_HEADS, DIM, WINDOW = 4, 140, 200, 4, 2, 8, 30
 SPEC = P("data", None, "model", None)
-
-
-def mesh_of(mode: AxisType) -> Any:
-    return jax.make_mesh((2, 2), ("data", "model"), axis_types=(mode,) * 2, devices=jax.devices()[:4])
 
 
 @pytest.mark.parametrize("mode", [AxisType.Explicit, AxisType.Auto], ids=str)

@@ -21,7 +21,7 @@ from jaxmask.kernels.call import checked_call
 from jaxmask.kernels.dropout import Dropout
 from jaxmask.mask import And
 from tests.helpers.bad import bad, refusals
-from tests.helpers.programs import collectives
+from tests.helpers.programs import collectives, mesh_of
 from tests.kernels.test_attention import (
     BATCH,
     HEADS,
@@ -64,12 +64,6 @@ MASKS: dict[str, Mask] = {
 MODES = {"explicit": AxisType.Explicit, "told": AxisType.Auto, "left to XLA": AxisType.Auto}
 
 
-def mesh_of(mode: str, shape: tuple[int, int] = (2, 2)) -> Any:
-    return jax.make_mesh(
-        shape, ("data", "model"), axis_types=(MODES[mode],) * 2, devices=jax.devices()[: np.prod(shape)]
-    )
-
-
 def put(mesh: Any, x: Any, *spec: Any) -> Any:
     return jax.device_put(x, NamedSharding(mesh, P(*spec)))
 
@@ -87,7 +81,7 @@ def put_all(mesh: Any, arrays: Arrays) -> Arrays:
 @pytest.mark.parametrize("name", MASKS)
 def test_batch_and_heads_stay_where_they_are(name: str, mode: str) -> None:
     arrays, cotangent = arrays_of(LENGTH, LENGTH, batch=4)
-    mesh, mask = mesh_of(mode), MASKS[name]
+    mesh, mask = mesh_of(MODES[mode]), MASKS[name]
     sharding = NamedSharding(mesh, SPEC) if mode == "told" else None
 
     @quickly
@@ -105,7 +99,7 @@ def test_batch_and_heads_stay_where_they_are(name: str, mode: str) -> None:
 @settings(max_examples=8)
 @given(attentions((jnp.float32,)), st.sampled_from(["explicit", "told"]), st.sampled_from(["xla", "blocked"]))
 def test_any_mask_on_a_mesh_is_what_it_is_on_one_device(case: Case, mode: str, implementation: Any) -> None:
-    mesh = mesh_of(mode)
+    mesh = mesh_of(MODES[mode])
     sharding = NamedSharding(mesh, SPEC) if mode == "told" else None
 
     def attend(**arrays: Any) -> Any:
@@ -123,7 +117,7 @@ def test_any_mask_on_a_mesh_is_what_it_is_on_one_device(case: Case, mode: str, i
 
 def on_mesh(attend: Callable[..., Any], arrays: Arrays, cotangent: Any, *, shape: tuple[int, int] = (2, 2)) -> Any:
     """Output and gradients on an explicit mesh; arrays that are not of SPEC are on every device."""
-    mesh = mesh_of("explicit", shape)
+    mesh = mesh_of(AxisType.Explicit, shape)
     kv_spec = SPEC if arrays["key"].shape[2] % shape[1] == 0 else P("data")
     specs = {"query": SPEC, "key": kv_spec, "value": kv_spec}
     arrays = {name: put(mesh, x, *specs.get(name, P())) for name, x in arrays.items()}
@@ -179,7 +173,7 @@ def test_sinks_and_the_log_sum_exp_go_with_their_heads() -> None:
     def attend(**arrays: Any) -> Any:
         return jaxmask.attention(**arrays, mask=SlidingWindow(5), return_residual=True)
 
-    mesh = mesh_of("explicit")
+    mesh = mesh_of(AxisType.Explicit)
     placed = {name: put(mesh, x, *(P("model") if name == "sinks" else SPEC)) for name, x in arrays.items()}
     out, lse = jax.jit(lambda arrays: attend(**arrays))(placed)
     expected = defined(np.asarray(SlidingWindow(5).dense(24, 24)), cotangent, **arrays)
@@ -199,7 +193,7 @@ def test_positions_of_each_example_go_with_it(where: str) -> None:
 
 def test_a_call_outside_of_jit_follows_its_arrays() -> None:
     arrays, _ = arrays_of(LENGTH, LENGTH)
-    mesh = mesh_of("explicit")
+    mesh = mesh_of(AxisType.Explicit)
     out = jaxmask.attention(**put_all(mesh, arrays), mask=Causal())
     assert jax.typeof(out).sharding.spec == SPEC
     np.testing.assert_allclose(out, jaxmask.attention(**arrays, mask=Causal()), rtol=1e-5, atol=1e-6)
@@ -207,7 +201,7 @@ def test_a_call_outside_of_jit_follows_its_arrays() -> None:
 
 def test_the_mesh_of_the_context_serves_a_spec() -> None:
     arrays, _ = arrays_of(LENGTH, LENGTH)
-    mesh = mesh_of("told")
+    mesh = mesh_of(AxisType.Auto)
     with jax.set_mesh(mesh):
         out = jax.jit(lambda arrays: jaxmask.attention(**arrays, mask=Causal(), sharding=SPEC))(put_all(mesh, arrays))
     assert out.sharding.spec == SPEC
@@ -220,13 +214,13 @@ WHOLE = jax.ShapeDtypeStruct((4, 512, 4, 64), jnp.bfloat16)
 
 
 def test_explain_says_what_each_device_takes() -> None:
-    told = jaxmask.explain(WHOLE, WHOLE, WHOLE, Causal(), sharding=NamedSharding(mesh_of("told"), SPEC))
+    told = jaxmask.explain(WHOLE, WHOLE, WHOLE, Causal(), sharding=NamedSharding(mesh_of(AxisType.Auto), SPEC))
     assert told.implementation == "blocked"
     assert "batch over 'data' (2), heads over 'model' (2): queries and outputs stay" in str(told)
 
 
 def test_explain_says_what_is_left_to_xla() -> None:
-    with jax.set_mesh(mesh_of("told")):
+    with jax.set_mesh(mesh_of(AxisType.Auto)):
         left = jaxmask.explain(WHOLE, WHOLE, WHOLE, Causal() & Padding(jnp.ones((4, 512), bool)))
     assert left.implementation == "blocked"
     assert "XLA can divide" in str(left)
@@ -234,7 +228,7 @@ def test_explain_says_what_is_left_to_xla() -> None:
 
 
 def test_one_device_is_told_by_an_empty_spec() -> None:
-    with jax.set_mesh(mesh_of("told")):
+    with jax.set_mesh(mesh_of(AxisType.Auto)):
         alone = jaxmask.explain(WHOLE, WHOLE, WHOLE, Causal(), sharding=P())
     assert "XLA" not in str(alone)
 
@@ -242,7 +236,7 @@ def test_one_device_is_told_by_an_empty_spec() -> None:
 # Bad input.
 
 X = jnp.zeros((4, 8, 4, 16))
-MESH = mesh_of("told")
+MESH = mesh_of(AxisType.Auto)
 
 
 def attend(query: Any = X, key: Any = X, value: Any = X, **how: Any) -> Any:
@@ -250,13 +244,13 @@ def attend(query: Any = X, key: Any = X, value: Any = X, **how: Any) -> Any:
 
 
 def explicitly(query: P, key: P, **how: Any) -> Any:
-    mesh = mesh_of("explicit")
+    mesh = mesh_of(AxisType.Explicit)
     return attend(put(mesh, X, *query), put(mesh, X, *key), put(mesh, X, *key), **how)
 
 
 def closing_over(what: str) -> Any:
     """On an explicit mesh, a function that closes over an array there."""
-    mesh = mesh_of("explicit")
+    mesh = mesh_of(AxisType.Explicit)
     table, x = put(mesh, jnp.ones(4)), put(mesh, X, *SPEC)
     if what == "bias":
         return jaxmask.attention(x, x, x, Causal(), bias=lambda b, h, q, kv: table[h] * q)
@@ -378,7 +372,7 @@ def test_a_mask_that_reads_an_array_in_two_ways_is_that_of_the_whole(kind: Any) 
 
 
 def test_vmap_over_an_axis_that_is_sharded() -> None:
-    mesh, x = mesh_of("explicit"), random(0, 4, 2, 24, 4, 8)
+    mesh, x = mesh_of(AxisType.Explicit), random(0, 4, 2, 24, 4, 8)
     found = jax.vmap(lambda x: jaxmask.attention(x, x, x, Causal()))(put(mesh, x, "data", None, None, "model"))
     expected = jax.vmap(lambda x: jaxmask.attention(x, x, x, Causal()))(x)
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
@@ -388,4 +382,4 @@ def test_no_tracer_leaks_from_a_sharded_call() -> None:
     arrays, _ = arrays_of(24, 24, batch=4)
     mask = Causal() & Padding(jnp.asarray(VALID[:, :24]))
     with jax.checking_leaks():
-        jax.jit(lambda arrays: jaxmask.attention(**arrays, mask=mask))(put_all(mesh_of("explicit"), arrays))
+        jax.jit(lambda arrays: jaxmask.attention(**arrays, mask=mask))(put_all(mesh_of(AxisType.Explicit), arrays))

@@ -8,7 +8,7 @@ from jaxmask import checks
 from jaxmask.indices import Allowed, Index, by_example, inside, lookup
 from jaxmask.mask import Mask
 from jaxmask.positions import Scalar, clipped
-from jaxmask.spans import Bounds, Span, share
+from jaxmask.spans import Bounds, Span, share_ids
 
 
 class Blockwise(Mask):
@@ -43,10 +43,9 @@ class Blockwise(Mask):
 
     def tile_bounds(self, b: Index, h: Index, q: Span, kv: Span) -> Bounds:
         query_ids, key_ids = self._ids(b, q=q.positions), self._ids(b, kv=kv.positions)
-        some, every = share(q.least(query_ids), q.most(query_ids), kv.least(key_ids), kv.most(key_ids))
-        is_query = (query_ids >= 0) & self._has(b, q.positions)
-        is_key = (key_ids >= 0) & self._has(b, kv.positions)
-        return some & q.most(is_query) & kv.most(is_key), every & q.least(is_query) & kv.least(is_key)
+        has_query = (query_ids >= 0) & self._has(b, q.positions)
+        has_key = (key_ids >= 0) & self._has(b, kv.positions)
+        return share_ids(q, kv, query_ids, key_ids, has_query, has_key)
 
     def _ids(self, b: Index, **position: Any) -> Any:
         ((name, at),) = position.items()
