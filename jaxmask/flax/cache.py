@@ -258,7 +258,7 @@ class Cache(_Pytree):
             TypeError: a size is not a Python or NumPy integer.
             ValueError: a size is less than 1, or there is no layer.
         """
-        batch, length = checks.integer("batch", batch, 1), checks.length("length", length)
+        batch, length = checks.integer("batch", batch, 1), checks.integer("length", length, 1, checks.MOST_POSITIONS)
         heads = checks.integer("kv_heads", kv_heads, 1), checks.integer("dim", dim, 1)
         if not isinstance(layers, Sequence | np.ndarray) or isinstance(layers, str):
             raise TypeError(f"layers must be a sequence of windows, one for each layer, got {checks.describe(layers)}")

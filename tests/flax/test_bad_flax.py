@@ -296,6 +296,14 @@ GENERATE = [
 ]
 
 T5_MODEL = T5(T5Config(16, dim=8, hidden_dim=8, layers=1, heads=2, head_dim=4), rngs=nnx.Rngs(0))
+
+
+def answer_with(**changed: Any) -> Any:
+    """An answer of T5 with a cache that is like its own, but for what is changed."""
+    cache = empty(**{"layers": (None,), "kv_heads": 2, **changed})
+    return T5_MODEL.read(TOKENS)(TOKENS, cache=cache)
+
+
 ENCODER_DECODER = [
     bad("size", lambda: T5Config(16, 8, 8, layers=0, heads=2, head_dim=4), VALUE, "layers must be at least 1", "got 0"),
     bad(
@@ -327,16 +335,6 @@ ENCODER_DECODER = [
         VALUE,
         "tokens must have a row for each of the 2 texts",
     ),
-]
-
-
-def answer_with(**changed: Any) -> Any:
-    """An answer of T5 with a cache that is like its own, but for what is changed."""
-    cache = empty(**{"layers": (None,), "kv_heads": 2, **changed})
-    return T5_MODEL.read(TOKENS)(TOKENS, cache=cache)
-
-
-ENCODER_DECODER += [
     bad("a-cache-of-more-layers", lambda: answer_with(layers=(None, None)), VALUE, *ANOTHER),
     bad("a-cache-of-other-heads", lambda: answer_with(kv_heads=1), VALUE, *ANOTHER),
     bad("a-cache-of-another-dim", lambda: answer_with(dim=8), VALUE, *ANOTHER),
