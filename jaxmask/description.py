@@ -266,7 +266,7 @@ def _may_change(array: Any) -> bool:
     return False
 
 
-def _copied(array: "np.ndarray[Any, Any]") -> "np.ndarray[Any, Any]":
+def _copied(array: Any) -> Any:
     """An array that nothing can write into. A broadcast is copied as small as it is.
 
     A mask is a value: what is written into an array later must not change it, as a compiled program would not see that.

@@ -32,8 +32,13 @@ def test_linear_and_its_gradients_are_those_of_pytorch(
     expected = theirs(tensor)
     gradients = torch.autograd.grad(expected, [tensor, *theirs.parameters()], torch.from_numpy(cotangent))
     graph, state = nnx.split(ours)
-    actual, pullback = jax.vjp(lambda state, x: nnx.merge(graph, state)(x), state, jnp.asarray(x))
-    of_state, of_x = pullback(jnp.asarray(cotangent))
+
+    @jax.jit
+    def run(state: Any, x: Any, cotangent: Any) -> Any:
+        actual, pullback = jax.vjp(lambda state, x: nnx.merge(graph, state)(x), state, x)
+        return actual, *pullback(cotangent)
+
+    actual, of_state, of_x = run(state, x, cotangent)
     np.testing.assert_allclose(actual, expected.detach().numpy(), rtol=0, atol=1e-5)
     ours_of = [of_x, *(of_state[name][...] for name, _ in theirs.named_parameters())]
     for gradient, theirs_of in zip(ours_of, gradients, strict=True):
