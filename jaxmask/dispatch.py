@@ -9,16 +9,17 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, PRNGKeyArray, UInt32
 
 from jaxmask import checks, spmd
-from jaxmask.kernels import blocked, fused, xla
+from jaxmask.kernels import blocked, fused, pallas_gpu, xla
 from jaxmask.kernels.call import Bias, Call, checked_call, is_empty, known_elsewhere
 from jaxmask.mask import Mask
 from jaxmask.positions import KeyPositions, Offset, QueryPositions
 
-Implementation = Literal["cudnn", "tokamax", "splash", "xla", "blocked"]
+Implementation = Literal["cudnn", "pallas", "tokamax", "splash", "xla", "blocked"]
 Sharding = PartitionSpec | NamedSharding
 
 RUN: dict[str, Callable[[Call], Any]] = {
     "cudnn": fused.cudnn,
+    "pallas": pallas_gpu.attend,
     "tokamax": fused.tokamax,
     "splash": fused.splash,
     "xla": xla.attention,
@@ -26,13 +27,14 @@ RUN: dict[str, Callable[[Call], Any]] = {
 }
 LACKS: dict[str, Callable[[Call], list[str]]] = {
     "cudnn": fused.cudnn_lacks,
+    "pallas": pallas_gpu.lacks,
     "tokamax": fused.tokamax_lacks,
     "splash": fused.splash_lacks,
 }
 # What is written here, in JAX.
 OURS = ("xla", "blocked")
 # Which kernels to try on a platform, the best first.
-FUSED = {"gpu": ("cudnn", "tokamax"), "tpu": ("splash", "tokamax")}
+FUSED = {"gpu": ("cudnn", "pallas", "tokamax"), "tpu": ("splash", "tokamax")}
 # What XLA divides over devices by itself.
 DIVISIBLE = ("cudnn", *OURS)
 # Up to so many queries and keys, there is nothing to gain by cutting the scores into tiles.

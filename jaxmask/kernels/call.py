@@ -60,7 +60,7 @@ class Arguments(TypedDict, total=False):
 @partial(
     jax.tree_util.register_dataclass,
     data_fields=("query", "key", "value", "mask", "bias", "positions", "sinks", "dropout"),
-    meta_fields=("scale", "logits_soft_cap", "return_residual", "is_left_to_xla"),
+    meta_fields=("scale", "logits_soft_cap", "return_residual", "is_left_to_xla", "platform"),
 )
 @dataclass(frozen=True, eq=False)
 class Call:
@@ -77,6 +77,7 @@ class Call:
         scale, logits_soft_cap: of the scores.
         return_residual: whether the result is the output and the log-sum-exp, or the output alone.
         is_left_to_xla: whether XLA may divide the call over devices, along its examples and heads.
+        platform: where it is to run, ``cpu``, ``gpu`` or ``tpu``.
     """
 
     query: Any
@@ -91,6 +92,7 @@ class Call:
     logits_soft_cap: float | None
     return_residual: bool
     is_left_to_xla: bool
+    platform: str
 
     def split(self) -> Split[Mask]:
         """What of the mask a kernel can take in its own arguments."""
@@ -100,13 +102,6 @@ class Call:
         """The tiles of the mask, for the examples and heads of the arrays."""
         sizes = self.query.shape[0], self.query.shape[2]
         return TileMap.of(states(self.mask, self.positions, block, sizes), self.mask, self.positions, block)
-
-    @property
-    def platform(self) -> str:
-        """Where the query is, ``cpu``, ``gpu`` or ``tpu``; where it is traced, what JAX runs on by default."""
-        if isinstance(self.query, jax.Array) and not checks.is_traced(self.query):
-            return next(iter(self.query.devices())).platform
-        return jax.default_backend()
 
 
 def checked_call(
@@ -126,8 +121,9 @@ def checked_call(
     dropout_rng: Any = None,
     broadcast_dropout: bool = False,
     return_residual: bool = False,
+    platform: str | None = None,
 ) -> Call:
-    """The arguments, when they are found to fit each other."""
+    """The arguments, when they are found to fit each other, for the platform of the query where none is said."""
     for name, array in (("query", query), ("key", key), ("value", value)):
         if checks.array(name, array, "f").dtype not in _DTYPES:
             raise TypeError(
@@ -202,7 +198,15 @@ def checked_call(
         logits_soft_cap=logits_soft_cap,
         return_residual=return_residual,
         is_left_to_xla=_is_left_to_xla(query),
+        platform=_platform(query) if platform is None else platform,
     )
+
+
+def _platform(query: Any) -> str:
+    """Where the query is; where it is traced, what JAX runs on by default."""
+    if isinstance(query, jax.Array) and not checks.is_traced(query):
+        return next(iter(query.devices())).platform
+    return jax.default_backend()
 
 
 def _is_left_to_xla(query: Any) -> bool:
