@@ -1,7 +1,7 @@
 """Which implementation attention takes, why, and what it costs."""
 
 from dataclasses import dataclass, replace
-from typing import Any, Unpack
+from typing import Any, Literal, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +10,7 @@ import numpy as np
 from jaxmask import checks, spmd
 from jaxmask.dispatch import FUSED, LACKS, Implementation, Sharding, choose, drawbacks
 from jaxmask.indices import by_batch
+from jaxmask.kernels import pallas_gpu
 from jaxmask.kernels.call import Arguments, Call, checked_call, is_empty, known_elsewhere
 from jaxmask.kernels.key_ranges import key_ranges_of
 from jaxmask.mask import Mask
@@ -34,6 +35,7 @@ class Explanation:
         bytes: read and written: query and output once, and for each tile of queries the keys and values of its ranges;
             with all scores besides, written and read, where it is ``"xla"``.
         dense_bytes: the same with all scores written out.
+        launches: the kernels that ``"pallas"`` launches, with their tiles, in words; empty for any other.
         devices: how the call is divided over the devices of a mesh, in words; ``None`` where it is not. The numbers are
             those of the whole.
     """
@@ -46,11 +48,13 @@ class Explanation:
     dense_flops: int
     bytes: int | None
     dense_bytes: int
+    launches: list[str]
     devices: str | None
 
     def __repr__(self) -> str:
         lines = [f"{self.implementation}: {self.reason}"]
         lines += [f"  {self.devices}"] if self.devices is not None else []
+        lines += [f"  {launch}" for launch in self.launches]
         lines += [f"  not {name}: {'; '.join(lacks)}" for name, lacks in self.lacks.items() if lacks]
         if self.sparsity is None:
             lines.append("  how many tiles are empty is known only when the program runs, for the mask is traced")
@@ -73,6 +77,7 @@ def explain(
     *,
     sharding: Sharding | None = None,
     implementation: Implementation | None = None,
+    platform: Literal["cpu", "gpu", "tpu"] | None = None,
     **arguments: Unpack[Arguments],
 ) -> Explanation:
     """Which implementation :func:`attention` uses for the same arguments, why, and what it costs. Nothing is computed.
@@ -80,6 +85,7 @@ def explain(
     Args:
         query, key, value: arrays, or their shapes as ``jax.ShapeDtypeStruct``.
         mask, sharding, implementation: as in :func:`attention`.
+        platform: where it is to run, though it be not here; ``None`` for where the query is.
         **arguments: the others of :func:`attention`.
 
     Returns:
@@ -94,6 +100,7 @@ def explain(
     >>> print(jaxmask.explain(x, x, x, jaxmask.SlidingWindow(512), implementation="blocked"))
     blocked: it was asked for
       not cudnn: it is made for GPU; it takes float16 and bfloat16, not float32
+      not pallas: it is made for GPU
       not tokamax: it is made for GPU and TPU
       not splash: it is made for TPU
       not xla: it writes out all scores
@@ -101,16 +108,20 @@ def explain(
       12,884,901,888 FLOPs, 9.4% of those with all scores
       134,217,728 bytes, 3.1% of those with all scores
     """
-    call = checked_call(query, key, value, mask, **arguments)
+    if platform not in (None, "cpu", "gpu", "tpu"):
+        raise ValueError(f"platform must be 'cpu', 'gpu' or 'tpu', or None for where the query is, got {platform!r}")
+    call = checked_call(query, key, value, mask, platform=platform, **arguments)
     call, placement = spmd.placed(call, sharding)
     has_pairs = not is_empty(call.query, call.key)
 
-    def judged(call: Call) -> tuple[tuple[str, str], dict[str, list[str]]]:
+    def judged(call: Call) -> tuple[tuple[str, str], list[str], dict[str, list[str]]]:
         chosen = choose(call, implementation)
-        return chosen, {name: _unfit(name, call) for name in LACKS if has_pairs and name != chosen[0]}
+        launches = pallas_gpu.launches(call) if chosen[0] == "pallas" else []
+        return chosen, launches, {name: _unfit(name, call) for name in LACKS if has_pairs and name != chosen[0]}
 
     # What each device has to do, which is what an implementation must take.
-    (chosen, reason), lacks = judged(call) if placement is None else spmd.ask_shard(call, placement, judged)
+    asked = judged(call) if placement is None else spmd.ask_shard(call, placement, judged)
+    (chosen, reason), launches, lacks = asked
     devices = None if placement is None else str(placement)
     slow = {"xla": "it writes out all scores", "blocked": "there are too few scores to cut into tiles"}
     lacks |= {name: [why] for name, why in slow.items() if has_pairs and chosen in slow and name != chosen}
@@ -136,7 +147,8 @@ def explain(
         pairs, moved = dense_pairs, dense_bytes
     flops_of_pair = 2 * (dim + dim_v)
     flops = None if pairs is None else flops_of_pair * pairs
-    return Explanation(chosen, reason, lacks, sparsity, flops, flops_of_pair * dense_pairs, moved, dense_bytes, devices)
+    dense_flops = flops_of_pair * dense_pairs
+    return Explanation(chosen, reason, lacks, sparsity, flops, dense_flops, moved, dense_bytes, launches, devices)
 
 
 def _part(call: Call) -> tuple[Call, float]:

@@ -23,14 +23,24 @@ _NO_CHECK = "inside of a shard_map it needs check_vma=False"
 
 
 def cudnn_lacks(call: Call) -> list[str]:
-    """What keeps cuDNN from doing this call. JAX says which shapes it takes, on the GPU at hand."""
+    """What keeps cuDNN from doing this call. JAX says which shapes it takes, where a GPU is at hand."""
     limits = {
-        "it needs an NVIDIA GPU": call.platform != "gpu" or "rocm" in jax.devices()[0].client.platform_version,
+        "it needs an NVIDIA GPU": (
+            call.platform != "gpu" or (_is_here(call) and "rocm" in jax.devices()[0].client.platform_version)
+        ),
         f"it takes float16 and bfloat16, not {call.query.dtype}": call.query.dtype not in (jnp.float16, jnp.bfloat16),
         "it has no logits_soft_cap": call.logits_soft_cap is not None,
     }
     lacks = _that_hold(limits) + _not_native(call)
-    return lacks or _refusal(_with_gradients(cudnn), call, ValueError, NotImplementedError, RuntimeError)
+    if lacks or _is_here(call):
+        return lacks or _refusal(_with_gradients(cudnn), call, ValueError, NotImplementedError, RuntimeError)
+    dims = call.query.shape[3], call.value.shape[3]
+    is_taken = dims[0] == dims[1] and dims[0] % 8 == 0 and dims[0] <= 128
+    return (
+        []
+        if is_taken
+        else [f"not every GPU takes dims of {dims[0]} and {dims[1]}: equal, a multiple of 8, at most 128"]
+    )
 
 
 def cudnn(call: Call) -> Array:
@@ -62,6 +72,8 @@ def tokamax_lacks(call: Call) -> list[str]:
         ),
     }
     lacks = _that_hold(limits) + _not_native(call)
+    if not _is_here(call):
+        lacks.append(f"what it takes on a {call.platform.upper()} is known only where there is one")
     # Inside a shard_map, and in float64, its own rules of differentiation fail on types.
     return lacks or _refusal(_with_gradients(tokamax), call, NotImplementedError, ExceptionGroup, TypeError, ValueError)
 
@@ -159,6 +171,11 @@ def splash(call: Call) -> Array:
 
     # Chosen by XLA, not by the platform of this process, which may export to another.
     return jax.lax.platform_dependent(tpu=partial(run, False), default=partial(run, True))
+
+
+def _is_here(call: Call) -> bool:
+    """Whether this process runs on the platform of the call, so that its kernels can be asked."""
+    return call.platform in ("cpu", jax.default_backend())
 
 
 def _is_checked(call: Call) -> bool:

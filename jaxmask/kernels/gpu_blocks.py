@@ -1,8 +1,14 @@
-"""The sizes of the tiles of the GPU kernel, by dtype and dim."""
+"""The sizes of the tiles of the GPU kernel, by dtype and dim.
+
+They are chosen by what the compiler says of the kernel for H100 and A100, for ``Causal() & Segments(ids)`` at a length
+of 4,096: of the tiles that spill no register, the one that a model of the kernel's loops puts first on both cards. No
+GPU has measured them yet. ``benchmarks/gpu.py --tune`` does, and prints rows to put here.
+"""
 
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 
@@ -38,6 +44,41 @@ class Blocks(NamedTuple):
     dkv: Block
 
 
+# By the bytes of an element, and the largest dim. Beside each tile are its registers on H100 and A100.
+_TABLE = {
+    (2, 64): Blocks(
+        forward=Block(128, 64, warps=8),  # 113, 166
+        dq=Block(128, 32, warps=8),  # 118, 128
+        dkv=Block(32, 64, warps=4),  # 157, 191
+    ),
+    (2, 128): Blocks(
+        forward=Block(128, 64, warps=8),  # 173, 253
+        dq=Block(128, 32, warps=8),  # 159, 189
+        dkv=Block(128, 32, warps=8),  # 170, 168
+    ),
+    (2, 256): Blocks(
+        forward=Block(64, 64, warps=8),  # 178, 240
+        dq=Block(64, 32, warps=8),  # 190, 236
+        dkv=Block(64, 32, warps=8),  # 173, 174
+    ),
+    (4, 64): Blocks(
+        forward=Block(64, 32, warps=4),  # 153, 154
+        dq=Block(32, 32, warps=4),  # 128, 156
+        dkv=Block(32, 32, warps=4),  # 168, 198
+    ),
+    (4, 128): Blocks(
+        forward=Block(128, 32, warps=8),  # 223, 180
+        dq=Block(32, 32, warps=4),  # 168, 215
+        dkv=Block(32, 32, warps=4),  # 253, 255
+    ),
+    (4, 256): Blocks(
+        forward=Block(32, 32, warps=8),  # 147, 163
+        dq=Block(32, 32, warps=8),  # 239, 244
+        dkv=Block(32, 32, warps=8),  # spills 428 and 364 bytes, the least that was found
+    ),
+}
+
+
 def blocks_for(dtype: Any, dim: int) -> Blocks:
-    """The tiles for the larger dim of keys and values."""
-    return Blocks(Block(64, 64), Block(64, 64), Block(64, 64))
+    """The tiles for the larger dim of keys and values, at most 256."""
+    return next(blocks for (size, most), blocks in _TABLE.items() if size == jnp.dtype(dtype).itemsize and dim <= most)

@@ -25,11 +25,12 @@ from jax.experimental.pallas import triton as plgpu
 from jax.tree_util import Partial
 from jaxtyping import Array
 
+from jaxmask import checks
 from jaxmask.indices import lookup
 from jaxmask.kernels import blocked, scores
 from jaxmask.kernels.call import Call
 from jaxmask.kernels.gpu_blocks import Block, Blocks, blocks_for
-from jaxmask.kernels.pairwise import Pairwise, UnsupportedError, trace
+from jaxmask.kernels.pairwise import UnsupportedError, trace
 from jaxmask.kernels.tile_lists import TileLists, of_groups, without_full_end
 
 _LOG2E = math.log2(math.e)
@@ -53,9 +54,9 @@ class _Program:
         splits: over how many programs the forward pass divides the keys of a tile of queries.
         scale, logits_soft_cap: of the scores.
         blocks: the sizes of tiles.
-        masked: bias, factor of dropout and what is allowed of a pair.
-        unmasked: the first two alone.
-        has_bias, has_dropout, has_sinks: what takes part.
+        functions: what is asked of a pair.
+        bias_shape: of a bias that is an array.
+        has_sinks: whether a row has a score without a key.
     """
 
     query_length: int
@@ -68,10 +69,9 @@ class _Program:
     scale: float
     logits_soft_cap: float | None
     blocks: Blocks
-    masked: Pairwise
-    unmasked: Pairwise
-    has_bias: bool
-    has_dropout: bool
+    functions: "_OfPair"
+    bias_shape: tuple[int, ...] | None
+    has_sinks: bool
 
     @property
     def unit(self) -> float:
@@ -81,7 +81,8 @@ class _Program:
     @property
     def has_raw_scores(self) -> bool:
         """Whether the scores are the products themselves, so that the scale is part of the unit."""
-        return self.scale > 0 and self.logits_soft_cap is None and not self.has_bias
+        changes = self.logits_soft_cap is not None or self.functions.bias is not None or self.has_sinks
+        return self.scale > 0 and not changes
 
     @property
     def rows(self) -> int:
@@ -89,11 +90,20 @@ class _Program:
         return self.query_length * self.group if self.is_grouped else self.query_length
 
 
-class _Operands(NamedTuple):
-    """The arrays of the functions of a program: flat, with at least one element."""
+class _OfPair(NamedTuple):
+    """What is asked of a pair: functions of its indices, or the operands of these, or their answers; ``None`` if not.
 
-    masked: list[Any]
-    unmasked: list[Any]
+    Args:
+        positions: of the query and the key.
+        bias: of a bias that is a function, at the positions; of an array, at the indices.
+        factor: of dropout, at the indices.
+        allowed: by the mask, at the position of the query and the index of the key.
+    """
+
+    positions: Any
+    bias: Any
+    factor: Any
+    allowed: Any
 
 
 class _Lists(NamedTuple):
@@ -102,14 +112,6 @@ class _Lists(NamedTuple):
     forward: TileLists
     by_query: TileLists
     by_key: TileLists
-
-
-class _Pair(NamedTuple):
-    """What a function says of the pairs of a tile; ``None`` where nothing."""
-
-    bias: Any
-    factor: Any
-    allowed: Any
 
 
 class _Residuals(NamedTuple):
@@ -145,7 +147,7 @@ def lacks(call: Call) -> list[str]:
         return found
     sizes = {"query": call.query.shape, "key": call.key.shape, "value": call.value.shape}
     try:
-        operands = jax.eval_shape(lambda call: [x for part in _functions(call)[1] for x in part], call)
+        operands = jax.tree.leaves(jax.eval_shape(lambda call: _functions(call)[1], call))
     except UnsupportedError as error:
         return [str(error)]
     sizes |= {f"an array {x.dtype}{[x.size]} of the mask or the bias": x.shape for x in operands}
@@ -154,6 +156,32 @@ def lacks(call: Call) -> list[str]:
         for name, shape in sizes.items()
         if math.prod(shape) >= _ADDRESSABLE
     ]
+
+
+def launches(call: Call) -> list[str]:
+    """The kernels that a call launches, forward and backward, in words."""
+    programs: list[_Program] = []
+    jax.eval_shape(lambda call: programs.append(_program(call)[0]), call)
+    (program,) = programs
+    batch, heads, blocks = call.query.shape[0], call.query.shape[2], program.blocks
+    forward_heads, kv_heads = heads // (program.group if program.is_grouped else 1), heads // program.group
+    counts = (
+        program.splits * pl.cdiv(program.rows, blocks.forward.queries) * forward_heads,
+        pl.cdiv(program.query_length, blocks.dq.queries) * heads,
+        pl.cdiv(program.key_length, blocks.dkv.keys) * kv_heads,
+    )
+    found = [
+        f"{name}: {batch * count:,} programs of {block.warps} warps, tiles of {block.queries} queries and {block.keys} "
+        f"keys, {block.stages} of them in flight"
+        for name, count, block in zip(
+            ("forward", "gradient of queries", "gradients of keys"), counts, blocks, strict=True
+        )
+    ]
+    if program.splits > 1:
+        found[0] += f", each row of keys divided over {program.splits} programs"
+    if program.functions.bias is not None:
+        found.append("gradients of what the bias reads, where they are asked for: by the loop of blocked")
+    return found
 
 
 @partial(jax.jit, static_argnames="blocks")
@@ -166,7 +194,7 @@ def attend(call: Call, blocks: Blocks | None = None) -> Any:
     return (out, lse) if call.return_residual else out
 
 
-def _program(call: Call, blocks: Blocks | None = None) -> tuple[_Program, _Operands]:
+def _program(call: Call, blocks: Blocks | None = None) -> tuple[_Program, _OfPair]:
     (batch, query_length, heads, dim), (_, key_length, kv_heads, dim_v) = call.query.shape, call.value.shape
     blocks = blocks_for(call.query.dtype, max(dim, dim_v)) if blocks is None else blocks
     group = heads // kv_heads
@@ -181,7 +209,7 @@ def _program(call: Call, blocks: Blocks | None = None) -> tuple[_Program, _Opera
     if rows <= blocks.forward.queries:
         programs, tiles = batch * (kv_heads if is_grouped else heads), -(-key_length // blocks.forward.keys)
         splits = max(1, min(_PROGRAMS // programs, tiles // _FEWEST_TILES))
-    (masked, unmasked), operands = _functions(call)
+    functions, operands = _functions(call)
     program = _Program(
         query_length=query_length,
         key_length=key_length,
@@ -193,10 +221,9 @@ def _program(call: Call, blocks: Blocks | None = None) -> tuple[_Program, _Opera
         scale=call.scale,
         logits_soft_cap=call.logits_soft_cap,
         blocks=blocks,
-        masked=masked,
-        unmasked=unmasked,
-        has_bias=call.bias is not None,
-        has_dropout=call.dropout is not None,
+        functions=functions,
+        bias_shape=None if call.bias is None or isinstance(call.bias, Partial) else call.bias.shape,
+        has_sinks=call.sinks is not None,
     )
     return program, operands
 
@@ -222,30 +249,35 @@ def _lists(call: Call, program: _Program) -> _Lists:
     return jax.tree.map(jnp.asarray, lists)
 
 
-def _functions(call: Call) -> tuple[tuple[Pairwise, Pairwise], _Operands]:
-    """What a pair is asked, with the mask and without it, and the operands that this reads."""
+def _functions(call: Call) -> tuple[_OfPair, _OfPair]:
+    """What is asked of a pair, and the operands that this reads: flat arrays."""
+    at, bias, dropout = call.positions, call.bias, call.dropout
 
-    def ask(b: Any, h: Any, query: Any, key: Any, is_masked: bool) -> tuple[Any, ...]:
-        q, bias = call.positions.of_queries(b, query), call.bias
-        if isinstance(bias, Partial):
-            bias = bias(b, h, q, call.positions.of_keys(b, key))
-        elif bias is not None:
-            bias = lookup(bias, b=b, h=h, q=query, kv=key)
-        factor = None if call.dropout is None else call.dropout.factor(jnp.float32, b, h, query, key)
-        allowed = call.mask.allows(b, h, q, key) if is_masked else None
-        return tuple(jnp.asarray(answer) for answer in (bias, factor, allowed) if answer is not None)
+    def positions(b: Any, h: Any, query: Any, key: Any) -> tuple[Any, Any]:
+        return at.of_queries(b, query), at.of_keys(b, key)
 
-    (masked, of_masked), (unmasked, of_unmasked) = (trace(partial(ask, is_masked=yes)) for yes in (True, False))
-    flat = [[jnp.asarray(x).reshape(-1) for x in operands] for operands in (of_masked, of_unmasked)]
-    return (masked, unmasked), _Operands(*flat)
+    def of_bias(b: Any, h: Any, q: Any, kv: Any) -> tuple[Any]:
+        return (bias(b, h, q, kv) if isinstance(bias, Partial) else lookup(bias, b=b, h=h, q=q, kv=kv),)
+
+    def factor(b: Any, h: Any, query: Any, key: Any) -> tuple[Any]:
+        return (call.dropout.factor(jnp.float32, b, h, query, key),)
+
+    def allowed(b: Any, h: Any, q: Any, key: Any) -> tuple[Any]:
+        with checks.traced_function("allows"):
+            return (jnp.asarray(call.mask.allows(b, h, q, key)),)
+
+    asked = positions, None if bias is None else of_bias, None if dropout is None else factor, allowed
+    traced = [(None, None) if function is None else trace(function) for function in asked]
+    functions, operands = zip(*traced, strict=True)
+    return _OfPair(*functions), jax.tree.map(lambda x: jnp.asarray(x).reshape(-1), _OfPair(*operands))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _run(program: _Program, call: Call, dropout: Any, sinks: Any, operands: _Operands, lists: _Lists) -> Any:
+def _run(program: _Program, call: Call, dropout: Any, sinks: Any, operands: _OfPair, lists: _Lists) -> Any:
     return _forward(program, call, dropout, sinks, operands, lists)[0]
 
 
-def _forward(program: _Program, call: Call, dropout: Any, sinks: Any, operands: _Operands, lists: _Lists) -> Any:
+def _forward(program: _Program, call: Call, dropout: Any, sinks: Any, operands: _OfPair, lists: _Lists) -> Any:
     query, key, value, block = call.query, call.key, call.value, program.blocks.forward
     (batch, query_length, heads, dim), dim_v = query.shape, value.shape[3]
     kv_heads, splits, rows = key.shape[2], program.splits, program.rows
@@ -365,7 +397,9 @@ def _backward(program: _Program, saved: Any, cotangents: Any) -> Any:
     if sinks is not None:
         at_sink = jnp.exp2((sinks[:, None] - residuals.highest) * _LOG2E - residuals.log_total)
         dsinks = -(jnp.where(residuals.highest < jnp.inf, at_sink, 0) * delta).sum((0, 2))
-    doperands = _of_bias(program, call, dropout, sinks, operands, cotangents)
+    doperands = jax.tree.map(_no_gradient, operands)
+    if operands.bias:
+        doperands = doperands._replace(bias=_of_bias(program, call, dropout, sinks, operands, cotangents))
     dcall = replace(jax.tree.map(_no_gradient, call), query=dq, key=dk, value=dv)
     return dcall, jax.tree.map(_no_gradient, dropout), dsinks, doperands, jax.tree.map(_no_gradient, lists)
 
@@ -378,32 +412,26 @@ def _no_gradient(x: Any) -> Any:
     return jnp.zeros_like(x) if is_float else np.zeros(np.shape(x), jax.dtypes.float0)
 
 
-def _of_bias(
-    program: _Program, call: Call, dropout: Any, sinks: Any, operands: _Operands, cotangents: Any
-) -> _Operands:
+def _of_bias(program: _Program, call: Call, dropout: Any, sinks: Any, operands: _OfPair, cotangents: Any) -> Any:
     """The gradients of the arrays that a bias reads, by the loop in plain JAX: a sum over pairs that go anywhere.
 
     XLA leaves it out where nobody asks for them.
     """
-    nothing = jax.tree.map(_no_gradient, operands)
-    floats = [jnp.issubdtype(x.dtype, jnp.floating) for x in operands.unmasked]
-    if not (program.has_bias and any(floats)):
-        return nothing
+    function = program.functions.bias
+    is_float = [jnp.issubdtype(x.dtype, jnp.floating) for x in operands.bias]
 
-    def bias(operands: list[Any], b: Any, h: Any, q: Any, kv: Any) -> Any:
-        return program.unmasked(lambda i, at: operands[i][at], b, h, q, kv)[0]
+    def whole(operands: list[Any], b: Any, h: Any, q: Any, kv: Any) -> Any:
+        return function(lambda i, at: operands[i][at], b, h, q, kv)[0]
 
-    def attend(chosen: list[Any]) -> Any:
-        rest = iter(chosen)
-        arrays = [next(rest) if yes else x for x, yes in zip(operands.unmasked, floats, strict=True)]
-        whole = replace(call, bias=Partial(bias, arrays), dropout=dropout, sinks=sinks, return_residual=True)
-        return blocked.attend(whole)
+    def attend(floats: list[Any]) -> Any:
+        rest = iter(floats)
+        arrays = [next(rest) if yes else x for x, yes in zip(operands.bias, is_float, strict=True)]
+        bias = arrays[0].reshape(program.bias_shape) if program.bias_shape else Partial(whole, arrays)
+        return blocked.attend(replace(call, bias=bias, dropout=dropout, sinks=sinks, return_residual=True))
 
-    _, pull = jax.vjp(attend, [x for x, yes in zip(operands.unmasked, floats, strict=True) if yes])
+    _, pull = jax.vjp(attend, [x for x, yes in zip(operands.bias, is_float, strict=True) if yes])
     found = iter(pull(cotangents)[0])
-    return nothing._replace(
-        unmasked=[next(found) if yes else x for x, yes in zip(nothing.unmasked, floats, strict=True)]
-    )
+    return [next(found) if yes else _no_gradient(x) for x, yes in zip(operands.bias, is_float, strict=True)]
 
 
 # Blocks of arrays in the memory of a program.
@@ -477,15 +505,23 @@ def _call(
 # The kernels. Arguments that end in _ref are arrays in the memory of the GPU.
 
 
-def _reader(refs: list[Any]) -> Callable[[int, Any], Array]:
-    return lambda i, at: plgpu.load(refs[i].at[at])
+def _ask(program: _Program, operands: _OfPair, is_masked: bool, b: Any, h: Any, query: Any, key: Any) -> _OfPair:
+    """What the functions say of the pairs of a tile."""
+    functions = program.functions
 
+    def answer(name: str, *indices: Any) -> Any:
+        refs = getattr(operands, name)
+        return getattr(functions, name)(lambda i, at: plgpu.load(refs[i].at[at]), *indices)
 
-def _ask(program: _Program, operands: _Operands, is_masked: bool, b: Any, h: Any, query: Any, key: Any) -> _Pair:
-    """What the functions say of the pairs of a tile: all that is there of bias, factor of dropout, and allowed."""
-    function, refs = (program.masked, operands.masked) if is_masked else (program.unmasked, operands.unmasked)
-    answers = iter(function(_reader(refs), b, h, query, key))
-    return _Pair(*(next(answers) if there else None for there in (program.has_bias, program.has_dropout, is_masked)))
+    q, kv = answer("positions", b, h, query, key)
+    bias = factor = allowed = None
+    if functions.bias is not None:
+        (bias,) = answer("bias", b, h, *((q, kv) if program.bias_shape is None else (query, key)))
+    if functions.factor is not None:
+        (factor,) = answer("factor", b, h, query, key)
+    if is_masked:
+        (allowed,) = answer("allowed", b, h, q, key)
+    return _OfPair((q, kv), bias, factor, allowed)
 
 
 def _load(ref: Any, size: int, dim: int, is_there: Any) -> Array:
@@ -519,7 +555,9 @@ def _multiply(a: Array, b: Array) -> Array:
     return plgpu.dot(a, b)
 
 
-def _scores(program: _Program, products: Array, pair: _Pair, in_range: Any) -> tuple[Array, Array | None]:
+def _scores(
+    program: _Program, products: Array, pair: _OfPair, in_range: Any, poison: Any = None
+) -> tuple[Array, Array | None]:
     """The scores in the unit of the program, and the slope of the cap."""
     allowed = pair.allowed
     if allowed is not None:
@@ -535,6 +573,8 @@ def _scores(program: _Program, products: Array, pair: _Pair, in_range: Any) -> t
         products, slope = capped * program.logits_soft_cap, 1 - capped * capped
     if pair.bias is not None:
         products = products + pair.bias.astype(jnp.float32)
+    if poison is not None:
+        products = products + poison[None]
     return (products if allowed is None else jnp.where(allowed, products, scores.MASKED)), slope
 
 
@@ -544,9 +584,14 @@ def _tanh(x: Array) -> Array:
     return jnp.sign(x) * (1 - e) / (1 + e)
 
 
-def _is_read(allowed: Any, shape: tuple[int, int]) -> Array:
-    """The keys of a tile that some query may attend to: what none may attend to must change nothing, though NaN."""
-    return jnp.broadcast_to(allowed, shape).astype(jnp.int32).max(0) > 0
+def _not_finite(x: Array) -> Array:
+    """NaN for each row of a tile that holds NaN or an infinity, else 0; ``[rows]``."""
+    return (x.astype(jnp.float32) * 0).sum(1)
+
+
+def _without(x: Array, poison: Array) -> Array:
+    """The rows of a tile that are finite, and zeros: a weight of 0 would not take NaN away."""
+    return jnp.where((poison == 0)[:, None], x, jnp.zeros_like(x))
 
 
 def _walk(partial_count: Any, first: Any, end: Any, step: Callable[..., Any], carry: Any) -> Any:
@@ -564,7 +609,7 @@ def _forward_kernel(
     k_ref: Any,
     v_ref: Any,
     sinks_ref: Any,
-    operands: _Operands,
+    operands: _OfPair,
     out_ref: Any,
     highest_ref: Any,
     log_total_ref: Any,
@@ -585,16 +630,17 @@ def _forward_kernel(
         is_key = is_key if is_masked else None
         k = _load(k_ref.at[pl.ds(start, block.keys), slice(None)], block.keys, program.dim, is_key)
         pair = _ask(program, operands, is_masked, b, h, query, keys[None])
-        s, _ = _scores(program, _multiply(q, k.T), pair, None if is_key is None else is_key[None])
+        v, poison = _load(v_ref.at[pl.ds(start, block.keys), slice(None)], block.keys, program.dim_v, is_key), None
+        if is_masked:
+            poison = _not_finite(v)
+            v = _without(v, poison)
+        s, _ = _scores(program, _multiply(q, k.T), pair, None if is_key is None else is_key[None], poison)
         new_highest = jnp.maximum(highest, s.max(1))
         decay = jnp.exp2((highest - new_highest) * program.unit)
         weights = jnp.exp2((s - new_highest[:, None]) * program.unit)
         total = total * decay + weights.sum(1)
         if pair.factor is not None:
             weights = weights * pair.factor
-        v = _load(v_ref.at[pl.ds(start, block.keys), slice(None)], block.keys, program.dim_v, is_key)
-        if is_masked:
-            v = jnp.where(_is_read(pair.allowed, s.shape)[:, None], v, jnp.zeros_like(v))
         return out * decay[:, None] + _multiply(weights.astype(v.dtype), v), new_highest, total
 
     out = jnp.zeros((block.queries, out_ref.shape[-1]), jnp.float32)
@@ -627,7 +673,7 @@ def _dq_kernel(
     q_ref: Any,
     k_ref: Any,
     v_ref: Any,
-    operands: _Operands,
+    operands: _OfPair,
     dout_ref: Any,
     residuals: _Residuals,
     delta_ref: Any,
@@ -652,7 +698,7 @@ def _dq_kernel(
         s, slope = _scores(program, _multiply(q, k.T), pair, None if is_key is None else is_key[None])
         ds, _ = _dscores(program, s, slope, pair, _multiply(dout, v.T), (highest, log_total, delta))
         if is_masked:
-            k = jnp.where(_is_read(pair.allowed, s.shape)[:, None], k, jnp.zeros_like(k))
+            k = _without(k, _not_finite(k))
         return dq + _multiply(ds.astype(k.dtype), k)
 
     dq = _walk(partial_ref[...], jnp.int32(0), count_ref[...], step, jnp.zeros(q.shape, jnp.float32))
@@ -667,7 +713,7 @@ def _dkv_kernel(
     q_ref: Any,
     k_ref: Any,
     v_ref: Any,
-    operands: _Operands,
+    operands: _OfPair,
     dout_ref: Any,
     residuals: _Residuals,
     delta_ref: Any,
@@ -709,14 +755,14 @@ def _dkv_kernel(
         return _walk(partial_ref[of_list], jnp.int32(0), count_ref[of_list], step, carry)
 
     carry = jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)
-    # A loop of one round is none, and its index a constant.
-    dk, dv = of_head(0, carry) if program.group == 1 else lax.fori_loop(0, program.group, of_head, carry)
+    # A loop of one round is none.
+    dk, dv = of_head(jnp.int32(0), carry) if program.group == 1 else lax.fori_loop(0, program.group, of_head, carry)
     _store(dk_ref, dk * program.scale, program.dim, is_key)
     _store(dv_ref, dv, program.dim_v, is_key)
 
 
 def _dscores(
-    program: _Program, s: Array, slope: Array | None, pair: _Pair, dweights: Array, of_rows: tuple[Any, Any, Any]
+    program: _Program, s: Array, slope: Array | None, pair: _OfPair, dweights: Array, of_rows: tuple[Any, Any, Any]
 ) -> tuple[Array, Array]:
     """The gradient of the products before the scale, and the weights as they multiply the values."""
     highest, log_total, delta = of_rows

@@ -81,8 +81,8 @@ def defined(
     terms = {
         "out": np.abs(value) * np.max(dropout),
         "lse": np.abs(some_lse) + 1,
-        "query": of_query(most, np.abs(k)),
-        "key": of_key(most, np.abs(query)),
+        "query": np.abs(of_query(most, np.abs(k))),
+        "key": np.abs(of_key(most, np.abs(query))),
         "value": of_value(kept, np.abs(cotangent)),
     }
     if bias is not None:
