@@ -13,7 +13,7 @@ import jaxmask
 from jaxmask import Causal, Full, Mask, Padding, PerHead, Predicate, Prefix, SlidingWindow
 from jaxmask.kernels import pallas_gpu
 from jaxmask.kernels.call import checked_call
-from jaxmask.kernels.gpu_blocks import Block, Blocks
+from jaxmask.kernels.pallas_gpu import Block, Blocks
 from tests.kernels.test_attention import (
     BATCH,
     DISTANCES,

@@ -19,13 +19,18 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 import jaxmask
-from jaxmask.kernels import blocked
+from jaxmask.kernels import blocked, pallas_gpu
+from jaxmask.kernels.call import checked_call
+from jaxmask.kernels.pallas_gpu import Block, Blocks
 from torch_compat.blocks import to_block_mask
 from torch_compat.bridge import to_torch
 from torch_compat.verify.attention_cases import DROPOUT_RATE, HEADS, AttentionCall
 
 # Tiles so small that every case has several.
 BLOCK = (8, 16)
+_TILE = Block(16, 16)
+# It computes in float32.
+PALLAS = "attention_pallas"
 # Its cases are longer, and the kernel chooses its tiles.
 LONG = "attention_long"
 
@@ -38,8 +43,14 @@ def _merged(query: Any, key: Any, value: Any, mask: Any, **arguments: Any) -> An
     return jaxmask.merge_attention([attend(mask & first, sinks=sinks), attend(mask & ~first)])[0]
 
 
+def _pallas(query: Any, key: Any, value: Any, mask: Any, **arguments: Any) -> Any:
+    """The kernel for GPU, interpreted, which it is wherever there is none."""
+    return pallas_gpu.attend(checked_call(query, key, value, mask, **arguments), Blocks(_TILE, _TILE, _TILE))
+
+
 IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
     "attention_blocked": partial(blocked.attention, block=BLOCK),
+    PALLAS: _pallas,
     "attention_xla": partial(jaxmask.attention, implementation="xla"),
     "attention_merged": _merged,
     LONG: partial(jaxmask.attention, implementation="blocked"),

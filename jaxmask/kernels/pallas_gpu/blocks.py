@@ -82,3 +82,8 @@ _TABLE = {
 def blocks_for(dtype: Any, dim: int) -> Blocks:
     """The tiles for the larger dim of keys and values, at most 256."""
     return next(blocks for (size, most), blocks in _TABLE.items() if size == jnp.dtype(dtype).itemsize and dim <= most)
+
+
+def padded(dim: int) -> int:
+    """The size of a tile along a dim: Triton has powers of 2, and multiplies no fewer than 16."""
+    return max(16, pl.next_power_of_2(dim))

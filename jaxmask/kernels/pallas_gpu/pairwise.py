@@ -66,9 +66,9 @@ class UnsupportedError(Exception):
 
 
 class Operand(NamedTuple):
-    """An array that a kernel has as an operand: its index, and its shape and dtype."""
+    """An array that a kernel has as an operand: its number, and its shape and dtype."""
 
-    index: int
+    number: int
     shape: tuple[int, ...]
     dtype: Any
 
@@ -178,7 +178,10 @@ class _Tracing:
         values: dict[Any, Any] = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*consts, *arguments), strict=True))
 
         def read(atom: Any) -> Any:
-            return np.asarray(atom.val, atom.aval.dtype)[()] if isinstance(atom, Literal) else values[atom]
+            if not isinstance(atom, Literal):
+                return values[atom]
+            aval: Any = atom.aval
+            return np.asarray(atom.val, aval.dtype)[()]
 
         for equation in jaxpr.eqns:
             found = self.equation(equation, [read(atom) for atom in equation.invars])
@@ -281,9 +284,8 @@ def _broadcast(*blocks: Any) -> list[Any]:
 
 
 def _chosen(index: Any, *answers: Any) -> Any:
-    index, *answers = _broadcast(index, *answers)
-    chosen = answers[0]
-    for i, answer in enumerate(answers[1:], start=1):
+    index, chosen, *others = _broadcast(index, *answers)
+    for i, answer in enumerate(others, start=1):
         chosen = jnp.where(index == jnp.asarray(i).astype(index.dtype), answer, chosen)
     return chosen
 
@@ -301,7 +303,7 @@ def _read(read: Read, operand: Operand, at: Sequence[Any]) -> Any:
     index: Any = np.int32(0)
     for i, stride in zip(at, _strides(operand.shape), strict=True):
         index = index + i * np.int32(stride)
-    return read(operand.index, index)
+    return read(operand.number, index)
 
 
 def _strides(shape: tuple[int, ...]) -> list[int]:
@@ -321,7 +323,13 @@ def _dynamic_slice(
         for start, size, taken in zip(starts, operand.shape, slice_sizes, strict=True)
     ]
     return [
-        _array([_read(read, operand, np.add(_array(first, (len(first),)), at)) for at in np.ndindex(*shape)], shape)
+        _array(
+            [
+                _read(read, operand, [start + np.int32(i) for start, i in zip(first, at, strict=True)])
+                for at in np.ndindex(*shape)
+            ],
+            shape,
+        )
     ]
 
 
@@ -390,4 +398,4 @@ def _where(equation: Any) -> str:
 
 
 # Where code is that no user wrote.
-_LIBRARIES = (*(os.path.dirname(module.__file__) + os.sep for module in (jax, np, checks)), "<")
+_LIBRARIES = (*(os.path.dirname(str(module.__file__)) + os.sep for module in (jax, np, checks)), "<")

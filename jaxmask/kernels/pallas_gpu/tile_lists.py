@@ -3,37 +3,38 @@
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Array, Int
 
 from jaxmask.indices import library
-from jaxmask.tiles import EMPTY, FULL, PARTIAL
+from jaxmask.tiles import FULL, PARTIAL
 
 # By state: PARTIAL tiles first, then FULL ones, and EMPTY ones last.
 _RANK = np.array([2, 0, 1], np.int8)
 
 
 class TileLists(NamedTuple):
-    """For each row of tiles, which to walk. An axis of size 1 serves every example or head.
+    """For each row of tiles, which to walk, ``[batch|1, heads|1, rows]`` and ``order`` with an axis of tiles.
 
     Args:
         partial: how many are PARTIAL.
-        count: how many are not EMPTY.
+        walked: how many are not EMPTY.
         order: which ones, the PARTIAL ones first.
     """
 
-    partial: Int[Array | np.ndarray, "batch heads rows"]
-    count: Int[Array | np.ndarray, "batch heads rows"]
-    order: Int[Array | np.ndarray, "batch heads rows tiles"]
+    # Int32 arrays; where a kernel is called, how it gets them.
+    partial: Any
+    walked: Any
+    order: Any
 
     @classmethod
     def of(cls, states: Any) -> "TileLists":
         """The lists of states ``[batch|1, heads|1, rows, tiles]``; in NumPy, where these are, no longer than needed."""
         xp = library(states)
         order = xp.argsort(xp.asarray(_RANK)[states], axis=-1, stable=True).astype(np.int32)
-        partial, count = ((states == PARTIAL).sum(-1, dtype=np.int32), (states != EMPTY).sum(-1, dtype=np.int32))
+        partial, walked = ((states == state).sum(-1, dtype=np.int32) for state in (PARTIAL, FULL))
+        walked = walked + partial
         if xp is np:
-            order = order[..., : max(1, int(count.max(initial=0)))]
-        return cls(partial, count, order)
+            order = order[..., : max(1, int(walked.max(initial=0)))]
+        return cls(partial, walked, order)
 
 
 def without_full_end(states: Any) -> Any:
