@@ -1,5 +1,6 @@
 """The kernel for GPU, interpreted: output and gradients are what they are defined to be, for every argument."""
 
+import re
 from functools import partial
 from typing import Any
 
@@ -8,12 +9,28 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+from jax.tree_util import Partial
 
 import jaxmask
-from jaxmask import Causal, Full, Mask, Padding, PerHead, Predicate, Prefix, SlidingWindow
+from jaxmask import (
+    Causal,
+    Chunked,
+    Dense,
+    Full,
+    Mask,
+    Padding,
+    PerHead,
+    Predicate,
+    Prefix,
+    Segments,
+    SlidingWindow,
+    zoo,
+)
 from jaxmask.kernels import pallas_gpu
 from jaxmask.kernels.call import checked_call
-from jaxmask.kernels.pallas_gpu import Block, Blocks
+from jaxmask.kernels.pallas_gpu import Block, Blocks, pairwise
 from tests.kernels.test_attention import (
     BATCH,
     DISTANCES,
@@ -235,3 +252,257 @@ def test_layers_with_windows_of_their_own_are_scanned_by_one_program() -> None:
             expected, expected, expected, SlidingWindow(window), implementation="xla"
         )
     np.testing.assert_allclose(scanned(x), expected, rtol=0, atol=1e-5 * float(jnp.abs(expected).max()))
+
+
+# What decides is the platform that a program is lowered for: it needs neither a GPU nor its compiler.
+
+
+def lowered(function: Any, *arguments: Any) -> str:
+    return jax.jit(function).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
+
+
+def output_and_gradients(query: Any, key: Any, value: Any, mask: Mask) -> Any:
+    forced = partial(jaxmask.attention, mask=mask, implementation="pallas")
+    out, pull = jax.vjp(forced, query, key, value)
+    return out, pull(out)
+
+
+IDS = np.sort(np.random.default_rng(0).integers(0, 4, (2, 1000)), 1).astype(np.int32)
+TRACED_IDS = jnp.asarray(IDS)
+EVERY_MASK: dict[str, Mask] = {
+    "causal or a prefix": Causal() | Prefix(50),
+    "a prefix for each example": Causal() | Prefix(jnp.array([30, 100])),
+    "documents": Causal() & Segments(TRACED_IDS),
+    "static documents": Causal() & Segments(IDS),
+    "padding": Causal() & Padding(TRACED_IDS > 0),
+    "a traced window": SlidingWindow(jnp.asarray(40)),
+    "heads": PerHead([Causal(), SlidingWindow(20), Full(), Causal() & Segments(TRACED_IDS)]),
+    "a predicate": Predicate(lambda b, h, q, kv: (kv <= q) & ((q - kv) % (h + 2) == 0), heads=4),
+    "a predicate that closes over ids": Predicate(lambda b, h, q, kv: TRACED_IDS[b, q] == TRACED_IDS[b, kv], batch=2),
+    "a predicate of ids": Predicate(Partial(lambda ids, b, h, q, kv: ids[b, q] == ids[b, kv], TRACED_IDS), batch=2),
+    "pairs": Dense(jnp.asarray(np.random.default_rng(0).random((2, 1, 1000, 1000)) < 0.3)),
+    "chunks": Causal() & Chunked(32, jnp.array([3, 9])),
+    "global tokens": zoo.global_sliding_window(31, IDS == 2),
+    "an order": zoo.Reordered(SlidingWindow(30), jnp.asarray(np.random.default_rng(0).permutation(1000)[None])),
+    "blocks": zoo.Blocks(np.random.default_rng(0).random((20, 20)) < 0.4, 50),
+    "no keys": Causal() & ~Causal(),
+    "neighbours": zoo.natten((25, 40), (5, 7)),
+}
+
+
+@pytest.mark.parametrize("mask", EVERY_MASK.values(), ids=EVERY_MASK)
+def test_every_mask_becomes_three_kernels_for_a_gpu_and_no_array_of_pairs(mask: Mask) -> None:
+    q, k = (jax.ShapeDtypeStruct((2, 1000, heads, 64), jnp.bfloat16) for heads in (4, 2))
+    program = lowered(output_and_gradients, q, k, k, mask)
+    assert program.count("__gpu$xla.gpu.triton") == 3
+    brought = isinstance(mask, Dense)
+    assert ("1000x1000x" in program) == brought
+    assert jaxmask.explain(q, k, k, mask, platform="gpu").implementation == "pallas"
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.float32], ids=lambda dtype: dtype.__name__)
+@pytest.mark.parametrize("dims", [(80, 80), (96, 192), (256, 64)], ids=str)
+def test_every_argument_becomes_three_kernels_for_a_gpu(dims: tuple[int, int], dtype: Any) -> None:
+    dim, dim_v = dims
+    shapes = [(2, 100, 4, dim), (2, 130, 2, dim), (2, 130, 2, dim_v)]
+    arrays = [jax.ShapeDtypeStruct(shape, dtype) for shape in shapes]
+    bias, sinks = jax.ShapeDtypeStruct((4,), jnp.float32), jax.ShapeDtypeStruct((4,), jnp.float32)
+
+    def function(query: Any, key: Any, value: Any, slopes: Any, sinks: Any) -> Any:
+        def forced(query: Any, key: Any, value: Any) -> Any:
+            how = {"logits_soft_cap": 5.0, "dropout_rate": 0.5, "dropout_rng": jax.random.key(0), "sinks": sinks}
+            bias = lambda b, h, q, kv: slopes[h] * (kv - q)  # noqa: E731
+            where = {"offset": 30, "return_residual": True, "implementation": "pallas"}
+            return jaxmask.attention(query, key, value, Causal(), bias=bias, **how, **where)
+
+        out, pull = jax.vjp(forced, query, key, value)
+        return out, pull(out)
+
+    assert lowered(function, *arrays, bias, sinks).count("__gpu$xla.gpu.triton") == 3
+
+
+def test_an_export_for_a_gpu_holds_the_kernel() -> None:
+    check = jax.export.DisabledSafetyCheck.custom_call("__gpu$xla.gpu.triton")
+    forced = partial(jaxmask.attention, mask=Causal() | Prefix(5), implementation="pallas")
+    x = jax.ShapeDtypeStruct((1, 200, 2, 64), jnp.bfloat16)
+    exported = jax.export.export(jax.jit(forced), platforms=("cuda",), disabled_checks=[check])(x, x, x)
+    assert "__gpu$xla.gpu.triton" in exported.mlir_module()
+    assert jax.export.deserialize(exported.serialize()).platforms == ("cuda",)
+
+
+# What it cannot do.
+
+
+def of_pair(function: Any) -> dict[str, Any]:
+    return {"mask": Predicate(function)}
+
+
+def sorted_ids(b: Any, h: Any, q: Any, kv: Any) -> Any:
+    return jnp.sort(jnp.stack(jnp.broadcast_arrays(q, kv)), 0)[0] == q
+
+
+def a_loop(b: Any, h: Any, q: Any, kv: Any) -> Any:
+    return jax.lax.while_loop(lambda x: x > 3, lambda x: x - 3, q) == 0
+
+
+def a_whole_array(b: Any, h: Any, q: Any, kv: Any) -> Any:
+    return (TRACED_IDS[0] == q).any()
+
+
+def a_whole_row(b: Any, h: Any, q: Any, kv: Any) -> Any:
+    return (TRACED_IDS.reshape(20, 100)[q] > kv[..., None]).any(-1)
+
+
+def a_product(b: Any, h: Any, q: Any, kv: Any) -> Any:
+    return jnp.tensordot(jnp.array([2, 3]), jnp.stack(jnp.broadcast_arrays(q, kv)), 1) > 0
+
+
+def a_row_of_positions(b: Any, h: Any, q: Any, kv: Any) -> Any:
+    return q[..., :1] <= kv
+
+
+def computed(b: Any, h: Any, q: Any, kv: Any) -> Any:
+    return jnp.stack(jnp.broadcast_arrays(q, kv))[(q + kv) % 2] > 3
+
+
+HERE = "test_pallas.py"
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "float64": ({"dtype": jnp.float64}, "it computes in float32, not in float64"),
+    "dim": ({"dim": 257}, "the dim of query and key is 257, and it takes at most 256"),
+    "dim_v": ({"dim_v": 300}, "the dim of the values is 300, and it takes at most 256"),
+    "sort": (of_pair(sorted_ids), f"a GPU kernel has no 'sort', which is asked for at {HERE}:"),
+    "loop": (of_pair(a_loop), f"a GPU kernel has no 'while', which is asked for at {HERE}:"),
+    "array": (of_pair(a_whole_array), "reads single elements of an array, and 'eq' uses [1000] of them at once"),
+    "row": (of_pair(a_whole_row), f"uses [1, 100] of them at once, which is asked for at {HERE}:"),
+    "product": (of_pair(a_product), f"a GPU kernel has no 'dot_general', which is asked for at {HERE}:"),
+    "element": (of_pair(a_row_of_positions), "it cannot be asked for a single pair"),
+    "computed": (of_pair(computed), "a GPU kernel has no 'dynamic_slice' of what it computes, which is asked for at"),
+    "bias": ({"bias": lambda b, h, q, kv: sorted_ids(b, h, q, kv) * 1.0}, "a GPU kernel has no 'sort'"),
+    "query": ({"batch": 2**19, "queries": 2**7}, "query has 2,147,483,648 elements, and it can address 2,147,483,647"),
+    "key": ({"batch": 2**19, "keys": 2**8}, "key has 2,147,483,648 elements, and it can address 2,147,483,647"),
+    "table": (
+        {"queries": 2**16, "keys": 2**15, "bias": jax.ShapeDtypeStruct((1, 1, 2**16, 2**15), jnp.bfloat16)},
+        "an array of the mask or the bias, bfloat16, has 2,147,483,648 elements",
+    ),
+}
+
+
+@pytest.mark.parametrize(("how", "message"), REFUSED.values(), ids=REFUSED)
+def test_what_the_kernel_lacks_is_said_by_explain_and_by_a_call_that_forces_it(how: Any, message: str) -> None:
+    sizes = {"batch": 2, "queries": 8, "keys": 8, "dim": 8, "dim_v": 8, "dtype": jnp.bfloat16} | how
+    batch, queries, keys, dim, dim_v, dtype = (sizes.pop(name) for name in list(sizes)[:6])
+    shapes = (batch, queries, 4, dim), (batch, keys, 2, dim), (batch, keys, 2, dim_v)
+    with jax.enable_x64(True):
+        arrays = [jax.ShapeDtypeStruct(shape, dtype) for shape in shapes]
+    mask, bias = sizes.pop("mask", Full()), sizes.pop("bias", None)
+    if isinstance(bias, jax.ShapeDtypeStruct):
+        arrays.append(bias)
+
+    def forced(query: Any, key: Any, value: Any, bias: Any = bias) -> Any:
+        return jaxmask.attention(query, key, value, mask, bias=bias, implementation="pallas")
+
+    def explained(query: Any, key: Any, value: Any, bias: Any = bias) -> None:
+        explanation = jaxmask.explain(query, key, value, mask, bias=bias, implementation="xla", platform="gpu")
+        lacks.append(explanation.lacks["pallas"])
+
+    lacks: list[list[str]] = []
+    with jax.enable_x64(dtype == jnp.float64):
+        jax.eval_shape(explained, *arrays)
+        with pytest.raises(ValueError, match=re.escape(message)) as error:
+            jax.eval_shape(forced, *arrays)
+    assert message in "; ".join(lacks[0])
+    assert "implementation='pallas' cannot do this" in str(error.value)
+
+
+def test_symbolic_lengths_have_no_tiles() -> None:
+    shape = jax.export.symbolic_shape("1, s, 2, 64")
+    x = jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+    forced = partial(jaxmask.attention, mask=Causal(), implementation="pallas")
+    with pytest.raises(ValueError, match="its tiles need lengths that are known: these are symbolic"):
+        jax.export.export(jax.jit(forced))(x, x, x)
+
+
+def test_a_shard_that_is_checked_says_what_it_needs() -> None:
+    mesh = jax.make_mesh((2,), ("x",), axis_types=(AxisType.Auto,), devices=jax.devices()[:2])
+    x = jnp.ones((2, 32, 2, 16))
+    forced = partial(jaxmask.attention, mask=Causal(), implementation="pallas")
+    with pytest.raises(ValueError, match="inside of a shard_map it needs check_vma=False"):
+        jax.shard_map(forced, mesh=mesh, in_specs=P("x"), out_specs=P("x"))(x, x, x)
+    unchecked = jax.shard_map(forced, mesh=mesh, in_specs=P("x"), out_specs=P("x"), check_vma=False)
+    np.testing.assert_allclose(unchecked(x, x, x), forced(x, x, x), atol=1e-6)
+
+
+def test_the_shards_of_a_mesh_each_run_the_kernel() -> None:
+    arrays, cotangent = arrays_of(KEYS, KEYS)
+    mask = Causal() & Padding(jnp.asarray(VALID))
+    mesh = jax.make_mesh((2, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2, devices=jax.devices()[:4])
+    how = {"implementation": "pallas", "sharding": NamedSharding(mesh, P("data", None, "model", None))}
+    found = called(jaxmask.attention, arrays, cotangent, mask=mask, **how)
+    assert_close(found, defined(np.asarray(mask.dense(KEYS, KEYS)), cotangent, **arrays), TOLERANCE["float32"])
+
+
+# Functions of a pair.
+UNARY = (
+UNARY = (
+    "abs acos asin asinh atan atanh cbrt ceil cos cosh exp exp2 expm1 floor is_finite log log1p logistic neg rsqrt "
+    "sign sin sinh sqrt square tan tanh"
+)
+BINARY = "add atan2 div eq ge gt le lt max min mul ne nextafter pow rem sub"
+OF_INTS = "add and div eq max min mul or rem shift_left shift_right_arithmetic shift_right_logical sub xor"
+
+
+def uses(x: Any, y: Any) -> dict[str, Any]:
+    """A use of each primitive that the kernel evaluates pair by pair; ``x`` and ``y`` are int32, from 1 to 63."""
+    a, b = (z.astype(jnp.float32) / 64 for z in (x, y))
+
+    def of(name: str) -> Any:
+        return getattr(jax.lax, {"and": "bitwise_and", "or": "bitwise_or", "xor": "bitwise_xor"}.get(name, name))
+
+    return {
+        **{name: of(name)(a) for name in UNARY.split()},
+        "acosh": jax.lax.acosh(a + 1),
+        **{name: of(name)(a, b) for name in BINARY.split()},
+        **{f"{name} of ints": of(name)(x, y) for name in OF_INTS.split()},
+        "not": ~(x > y),
+        "population_count": jax.lax.population_count(x),
+        "clz": jax.lax.clz(x),
+        "integer_pow": a**5,
+        "select_n": jnp.where(x > y, a, b),
+        "clamp": jax.lax.clamp(jnp.int32(3), x, jnp.int32(9)),
+        "bitcast_convert_type": jax.lax.bitcast_convert_type(a, jnp.int32),
+        "cond": jax.lax.cond(x > y, lambda: a, lambda: b) if np.ndim(x) == 0 else jnp.where(x > y, a, b),
+        "a sum": jnp.stack(jnp.broadcast_arrays(a, b, a * b)).sum(0),
+        "any": (jnp.stack(jnp.broadcast_arrays(x, y)) > 40).any(0),
+        "elements of a table": jnp.take(jnp.arange(50) * 2.0, x * y % 70, mode="fill"),
+        "two elements at once": (jnp.arange(128.0).reshape(64, 2)[x] * jnp.array([1.0, -2.0])).sum(-1),
+        "a slice": jax.lax.dynamic_slice(jnp.arange(64.0), (x,), (2,)).max() if np.ndim(x) == 0 else None,
+    }
+
+
+X, Y = np.random.default_rng(0).integers(1, 64, (2, 1000)).astype(np.int32)
+NAMES = list(uses(jnp.int32(1), jnp.int32(2)))
+
+
+def test_every_primitive_of_the_kernel_is_used_below() -> None:
+    used = {equation.primitive.name for equation in jax.make_jaxpr(uses)(jnp.int32(1), jnp.int32(2)).eqns}
+    assert pairwise.ELEMENTWISE - used <= {"add_any"}  # a sum of gradients alone
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_function_of_a_pair_is_in_the_kernel_what_it_is_outside(name: str) -> None:
+    function, operands = pairwise.trace(lambda b, h, q, kv: (uses(q, kv)[name],))
+    x, y = jnp.asarray(X)[:, None], jnp.asarray(Y)[None]
+    (found,) = function(lambda i, at: jnp.asarray(operands[i]).reshape(-1)[at], 0, 0, x, y)
+    expected = jax.vmap(jax.vmap(lambda x, y: uses(x, y)[name], (None, 0)), (0, None))(X, Y)
+    # XLA divides in another way in a loop of its own.
+    np.testing.assert_allclose(np.broadcast_to(found, expected.shape), expected, rtol=1e-6)
+
+
+def test_every_primitive_of_the_kernel_is_one_of_triton() -> None:
+    def bias(b: Any, h: Any, q: Any, kv: Any) -> Any:
+        found = uses(q % 63 + 1, kv % 63 + 1) if np.ndim(q) == 0 else {"zero": q * kv * 0}
+        return sum(jnp.asarray(x).astype(jnp.float32) for x in found.values())
+
+    x = jax.ShapeDtypeStruct((1, 40, 1, 16), jnp.float32)
+    forced = partial(jaxmask.attention, bias=bias, implementation="pallas")
+    assert lowered(forced, x, x, x).count("__gpu$xla.gpu.triton") == 1

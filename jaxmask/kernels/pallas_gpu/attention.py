@@ -34,7 +34,7 @@ from jaxmask.kernels.pallas_gpu.program import LOG2E, Lists, OfPair, Program, fu
 from jaxmask.kernels.pallas_gpu.tile_lists import TileLists
 
 # The largest number of elements that an int32 can address.
-_ADDRESSABLE = 2**31
+_ADDRESSABLE = 2**31 - 1
 _MOST_DIM = 256
 
 
@@ -62,11 +62,11 @@ def lacks(call: Call) -> list[str]:
         operands = jax.tree.leaves(jax.eval_shape(lambda call: functions_of(call)[1], call))
     except UnsupportedError as error:
         return [str(error)]
-    sizes |= {f"an array {x.dtype}{[x.size]} of the mask or the bias": x.shape for x in operands}
+    sizes |= {f"an array of the mask or the bias, {x.dtype},": x.shape for x in operands}
     return [
         f"{name} has {prod(shape):,} elements, and it can address {_ADDRESSABLE:,}"
         for name, shape in sizes.items()
-        if prod(shape) >= _ADDRESSABLE
+        if prod(shape) > _ADDRESSABLE
     ]
 
 

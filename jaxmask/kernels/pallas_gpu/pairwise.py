@@ -54,7 +54,9 @@ _MOVE: dict[str, Callable[..., Any]] = {
     ],
     "split": lambda x, *, sizes, axis, **_: np.split(x, np.cumsum(sizes)[:-1], axis),
     "squeeze": lambda x, *, dimensions, **_: x.squeeze(tuple(dimensions)),
+    "stack": lambda *xs, axis, **_: np.stack(xs, axis),
     "stop_gradient": lambda x, **_: x,
+    "unstack": lambda x, *, axis, **_: list(np.moveaxis(x, axis, 0)),
     "transpose": lambda x, *, permutation, **_: x.transpose(permutation),
 }
 # How many values a function may hold for a pair at once, such as the coordinates of a token.
@@ -173,8 +175,11 @@ class _Tracing:
             self.operands.append(x)
         return Operand(i, np.shape(x), jnp.result_type(x))
 
-    def run(self, jaxpr: Jaxpr, consts: Sequence[Any], arguments: Sequence[Any]) -> list[Any]:
-        """The outputs of a program: arrays where they do not depend on the indices, else results of steps."""
+    def run(self, jaxpr: Jaxpr, consts: Sequence[Any], arguments: Sequence[Any], place: str = "") -> list[Any]:
+        """The outputs of a program: arrays where they do not depend on the indices, else results of steps.
+
+        ``place`` is where the user's code asks for the program. Inside of one it says another place, of the first use.
+        """
         values: dict[Any, Any] = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*consts, *arguments), strict=True))
 
         def read(atom: Any) -> Any:
@@ -184,25 +189,27 @@ class _Tracing:
             return np.asarray(atom.val, aval.dtype)[()]
 
         for equation in jaxpr.eqns:
-            found = self.equation(equation, [read(atom) for atom in equation.invars])
+            inputs = [read(atom) for atom in equation.invars]
+            found = self.equation(equation, inputs, place or _place(equation))
             values.update(zip(equation.outvars, found, strict=True))
         return [read(atom) for atom in jaxpr.outvars]
 
-    def equation(self, equation: Any, inputs: list[Any]) -> Sequence[Any]:
+    def equation(self, equation: Any, inputs: list[Any], place: str) -> Sequence[Any]:
+        """The outputs of one equation."""
         name, params = equation.primitive.name, equation.params
         inner = next((params[key] for key in ("jaxpr", "call_jaxpr") if key in params), None)
         if inner is not None and name not in ("scan", "while", "pallas_call"):
             closed = inner if isinstance(inner, ClosedJaxpr) else ClosedJaxpr(inner, [])
-            return self.run(closed.jaxpr, closed.consts, inputs)
+            return self.run(closed.jaxpr, closed.consts, inputs, place)
         depends = any(isinstance(x, _Result) and x not in self._constants for x in inputs)
         are_constants = bool(inputs) and not any(isinstance(x, jax.Array) or np.ndim(x) for x in inputs)
         if not depends and not are_constants:
             return _bound(equation, [self._before(x) for x in inputs])
         if name == "cond":
-            branches = [self.run(branch.jaxpr, branch.consts, inputs[1:]) for branch in params["branches"]]
+            branches = [self.run(branch.jaxpr, branch.consts, inputs[1:], place) for branch in params["branches"]]
             results = [_Result(v.aval.shape, v.aval.dtype) for v in equation.outvars]
             for result, *answers in zip(results, *branches, strict=True):
-                self.add(equation, _each(_chosen), [inputs[0], *answers], [result])
+                self.add(name, place, _each(_chosen), [inputs[0], *answers], [result])
             return results
         results = [_Result(v.aval.shape, v.aval.dtype) for v in equation.outvars]
         if name in ELEMENTWISE:
@@ -215,8 +222,9 @@ class _Tracing:
             take = _gather if name == "gather" else _dynamic_slice
             apply = functools.partial(take, **params, shape=results[0].shape)
         else:
-            raise UnsupportedError(f"a GPU kernel has no {name!r}{_where(equation)}")
-        self.add(equation, apply, inputs, results, reads_first=name in ("gather", "dynamic_slice"))
+            what = " of what it computes" if name in ("gather", "dynamic_slice") else ""
+            raise UnsupportedError(f"a GPU kernel has no {name!r}{what}{place}")
+        self.add(name, place, apply, inputs, results, reads_first=name in ("gather", "dynamic_slice"))
         if not depends:
             self._constants.update({result: (equation, inputs, i) for i, result in enumerate(results)})
         return results
@@ -229,15 +237,16 @@ class _Tracing:
         return _bound(equation, [self._before(each) for each in inputs])[i]
 
     def add(
-        self, equation: Any, apply: Any, inputs: list[Any], results: list[_Result], *, reads_first: bool = False
+        self, name: str, place: str, apply: Any, inputs: list[Any], results: list[_Result], *, reads_first: bool = False
     ) -> None:
+        """A step; ``reads_first`` where it reads elements of its first argument, and does not take it as a whole."""
         arguments = [self.known(x) for x in inputs]
         for x in (*arguments[reads_first:], *results):
             shape = x.shape if isinstance(x, _Result | Operand) else np.shape(x)
             if np.prod(shape, dtype=int) > _MOST_VALUES:
                 raise UnsupportedError(
-                    f"a GPU kernel reads single elements of an array, and {equation.primitive.name!r} uses "
-                    f"{list(shape)} of them at once{_where(equation)}"
+                    f"a GPU kernel reads single elements of an array, and {name!r} uses "
+                    f"{list(shape)} of them at once{place}"
                 )
         self.steps.append(_Step(apply, arguments, results))
 
@@ -388,7 +397,7 @@ def _missing(dtype: Any) -> Any:
     return limits.min if jnp.issubdtype(dtype, jnp.signedinteger) else limits.max
 
 
-def _where(equation: Any) -> str:
+def _place(equation: Any) -> str:
     """Where the user's code asks for an equation."""
     traceback = equation.source_info.traceback
     for frame in () if traceback is None else traceback.frames:
