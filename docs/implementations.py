@@ -19,7 +19,7 @@ from jax.sharding import AxisType, PartitionSpec
 
 from jaxmask import Causal, Chunked, Dense, Padding, PerHead, Predicate, Prefix, Segments, SlidingWindow, Window, zoo
 from jaxmask.dispatch import FUSED, LACKS, RUN, drawbacks
-from jaxmask.kernels.call import Call, checked_call
+from jaxmask.kernels.call import checked_call
 
 BATCH, LENGTH, HEADS, DIM = 2, 256, 4, 64
 lengths = np.array([200, 256], np.int32)
@@ -107,13 +107,13 @@ def simulated(name: str) -> Generator[None]:
         if name in FUSED["gpu"]:
             for what, value in (
                 ("jax.devices", lambda: [gpu]),
+                ("jax.default_backend", lambda: "gpu"),
                 ("jax.extend.backend.get_default_device", lambda: gpu),
                 (f"{of_cudnn}.check_cudnn_version", lambda: 91200),
                 (f"{of_cudnn}.check_compute_capability", lambda needed: float(needed) <= 9.0),
                 (f"{of_cudnn}.is_cuda_compute_capability_equal", lambda other: other == "9.0"),
             ):
                 patches.enter_context(patch(what, value))
-            patches.enter_context(patch.object(Call, "platform", "gpu"))
         yield
 
 

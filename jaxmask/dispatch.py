@@ -142,9 +142,10 @@ def attention(
             ``NamedSharding``. Each device then computes its own part, by the best kernel for it, and sends none of it.
             It is ``P()`` where there is one device. Explicit axes need it not: the type of the query says the same.
             With neither, where several devices may take part, an implementation is chosen that XLA can divide.
-        implementation: ``None`` chooses: a fused kernel of the platform that takes all of the arguments (cuDNN on GPU,
-            splash on TPU, tokamax on both if installed), else ``"xla"`` where there are few queries and keys, else
-            ``"blocked"``. A name forces one.
+        implementation: ``None`` chooses: a kernel of the platform that takes all of the arguments (cuDNN on GPU, else
+            our own ``"pallas"``; splash on TPU; tokamax on both if installed), else ``"xla"`` where there are few
+            queries and keys, else ``"blocked"``. A name forces one. Elsewhere than on their platform ``"pallas"`` and
+            ``"splash"`` run interpreted, slowly, for tests.
 
     Returns:
         ``[batch, q, heads, dim_v]``, in the dtype of the values; zeros where there are no keys. With
@@ -225,7 +226,7 @@ def choose(call: Call, implementation: str | None) -> tuple[str, str]:
         return "xla", "the lengths are symbolic, and no tile could have a number of queries and keys"
     for name in FUSED.get(call.platform, ()):
         if not LACKS[name](call) and not drawbacks(name, call):
-            return name, f"it is a fused kernel of the {call.platform.upper()}, and takes all of the arguments"
+            return name, f"it is a kernel of the {call.platform.upper()}, and takes all of the arguments"
     if max(query_length, key_length) <= _SMALL:
         return "xla", f"at most {_SMALL} queries and keys are too few to gain by tiles"
     reason = f"more than {_SMALL} queries or keys: it skips empty tiles, and writes no scores out"

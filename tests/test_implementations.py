@@ -19,7 +19,7 @@ def test_the_table_in_the_docs_is_what_the_code_says() -> None:
     )
 
 
-def test_a_kernel_whose_gradients_write_all_pairs_is_not_chosen() -> None:
+def test_a_kernel_whose_gradients_write_all_pairs_is_said_to() -> None:
     program = """
 import implementations as docs
 import jaxmask
@@ -34,5 +34,5 @@ with docs.simulated("tokamax"):
     printed = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
     of_prefix, of_window = re.split(r"^(?=\w)", printed, flags=re.MULTILINE)[1:]
     assert "all pairs" not in of_prefix
-    assert of_window.startswith("blocked:")
+    assert of_window.startswith("pallas:")
     assert "not tokamax: its gradients write an array of all pairs" in of_window

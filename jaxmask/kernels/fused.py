@@ -34,12 +34,14 @@ def cudnn_lacks(call: Call) -> list[str]:
     lacks = _that_hold(limits) + _not_native(call)
     if lacks or _is_here(call):
         return lacks or _refusal(_with_gradients(cudnn), call, ValueError, NotImplementedError, RuntimeError)
-    dims = call.query.shape[3], call.value.shape[3]
-    is_taken = dims[0] == dims[1] and dims[0] % 8 == 0 and dims[0] <= 128
-    return (
-        []
-        if is_taken
-        else [f"not every GPU takes dims of {dims[0]} and {dims[1]}: equal, a multiple of 8, at most 128"]
+    dims, window = (call.query.shape[3], call.value.shape[3]), call.split().local_window_size
+    return _that_hold(
+        {
+            f"not every GPU takes dims of {dims[0]} and {dims[1]}: equal, a multiple of 8, at most 128": (
+                dims[0] != dims[1] or dims[0] % 8 != 0 or dims[0] > 128
+            ),
+            "it has no window of keys after the query": window is not None and window[1] != 0,
+        }
     )
 
 
@@ -67,6 +69,7 @@ def tokamax_lacks(call: Call) -> list[str]:
         'tokamax is not installed: pip install "jaxmask[tokamax]"': find_spec("tokamax") is None,
         "it caps the scores after the bias, not before": call.logits_soft_cap is not None and call.bias is not None,
         _NO_CHECK: _is_checked(call),
+        "it takes no float64": call.query.dtype == jnp.float64,
         "its windows need as many queries as keys": (
             call.split().local_window_size is not None and call.query.shape[1] != call.key.shape[1]
         ),
@@ -74,7 +77,7 @@ def tokamax_lacks(call: Call) -> list[str]:
     lacks = _that_hold(limits) + _not_native(call)
     if not _is_here(call):
         lacks.append(f"what it takes on a {call.platform.upper()} is known only where there is one")
-    # Inside a shard_map, and in float64, its own rules of differentiation fail on types.
+    # Inside a shard_map its own rules of differentiation fail on types.
     return lacks or _refusal(_with_gradients(tokamax), call, NotImplementedError, ExceptionGroup, TypeError, ValueError)
 
 

@@ -442,7 +442,7 @@ def test_the_shards_of_a_mesh_each_run_the_kernel() -> None:
 
 
 # Functions of a pair.
-UNARY = (
+
 UNARY = (
     "abs acos asin asinh atan atanh cbrt ceil cos cosh exp exp2 expm1 floor is_finite log log1p logistic neg rsqrt "
     "sign sin sinh sqrt square tan tanh"
