@@ -300,25 +300,50 @@ def test_every_mask_becomes_three_kernels_for_a_gpu_and_no_array_of_pairs(mask: 
     assert jaxmask.explain(q, k, k, mask, platform="gpu").implementation == "pallas"
 
 
+def with_everything(query: Any, key: Any, value: Any, slopes: Any, ids: Any) -> Any:
+    """The output, the log-sum-exp and their gradients."""
+
+    def forced(query: Any, key: Any, value: Any, slopes: Any) -> Any:
+        mask = Causal() & Segments(ids) | Prefix(3)
+        bias = Partial(lambda slopes, b, h, q, kv: slopes[h] * (kv - q).astype(jnp.float32), slopes)
+        how = {"logits_soft_cap": 5.0, "dropout_rate": 0.5, "dropout_rng": jax.random.key(0), "sinks": slopes}
+        where = {"offset": 30, "return_residual": True, "implementation": "pallas"}
+        return jaxmask.attention(query, key, value, mask, bias=bias, **how, **where)
+
+    out, pull = jax.vjp(forced, query, key, value, slopes)
+    return out, pull(out)
+
+
+def shapes_of_everything(dim: int = 16, dim_v: int = 16, dtype: Any = jnp.bfloat16) -> list[jax.ShapeDtypeStruct]:
+    shapes = [(2, 100, 4, dim), (2, 130, 2, dim), (2, 130, 2, dim_v)]
+    arrays = [jax.ShapeDtypeStruct(shape, dtype) for shape in shapes]
+    return [*arrays, jax.ShapeDtypeStruct((4,), jnp.float32), jax.ShapeDtypeStruct((2, 130), jnp.int32)]
+
+
 @pytest.mark.parametrize("dtype", [jnp.float16, jnp.float32], ids=lambda dtype: dtype.__name__)
 @pytest.mark.parametrize("dims", [(80, 80), (96, 192), (256, 64)], ids=str)
 def test_every_argument_becomes_three_kernels_for_a_gpu(dims: tuple[int, int], dtype: Any) -> None:
-    dim, dim_v = dims
-    shapes = [(2, 100, 4, dim), (2, 130, 2, dim), (2, 130, 2, dim_v)]
-    arrays = [jax.ShapeDtypeStruct(shape, dtype) for shape in shapes]
-    bias, sinks = jax.ShapeDtypeStruct((4,), jnp.float32), jax.ShapeDtypeStruct((4,), jnp.float32)
+    assert lowered(with_everything, *shapes_of_everything(*dims, dtype)).count("__gpu$xla.gpu.triton") == 3
 
-    def function(query: Any, key: Any, value: Any, slopes: Any, sinks: Any) -> Any:
-        def forced(query: Any, key: Any, value: Any) -> Any:
-            how = {"logits_soft_cap": 5.0, "dropout_rate": 0.5, "dropout_rng": jax.random.key(0), "sinks": sinks}
-            bias = lambda b, h, q, kv: slopes[h] * (kv - q)  # noqa: E731
-            where = {"offset": 30, "return_residual": True, "implementation": "pallas"}
-            return jaxmask.attention(query, key, value, Causal(), bias=bias, **how, **where)
 
-        out, pull = jax.vjp(forced, query, key, value)
-        return out, pull(out)
+MODES = {
+    "strict promotion of dtypes": partial(jax.numpy_dtype_promotion, "strict"),
+    "no promotion of ranks": partial(jax.numpy_rank_promotion, "raise"),
+    "64 bits": partial(jax.enable_x64, True),
+    "leaked tracers raise": jax.checking_leaks,
+    "checks of JAX itself": partial(jax.enable_checks, True),
+}
 
-    assert lowered(function, *arrays, bias, sinks).count("__gpu$xla.gpu.triton") == 3
+
+@pytest.mark.parametrize("mode", MODES.values(), ids=MODES)
+def test_it_is_lowered_in_every_mode_of_jax(mode: Any) -> None:
+    with mode():
+        assert lowered(with_everything, *shapes_of_everything()).count("__gpu$xla.gpu.triton") == 3
+
+
+def test_it_is_lowered_under_vmap() -> None:
+    twice = [jax.ShapeDtypeStruct((2, 3, *x.shape), x.dtype) for x in shapes_of_everything()]
+    assert lowered(jax.vmap(jax.vmap(with_everything)), *twice).count("__gpu$xla.gpu.triton") == 3
 
 
 def test_an_export_for_a_gpu_holds_the_kernel() -> None:

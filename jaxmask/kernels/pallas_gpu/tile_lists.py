@@ -40,7 +40,7 @@ class TileLists(NamedTuple):
 def without_full_end(states: Any) -> Any:
     """States whose last column is not FULL: it has keys that are not there, so that its pairs must be decided."""
     xp = library(states)
-    is_last = np.arange(states.shape[-1]) == states.shape[-1] - 1
+    is_last = np.arange(states.shape[-1])[(None,) * 3] == states.shape[-1] - 1
     return xp.where(is_last & (states == FULL), np.int8(PARTIAL), states)
 
 
