@@ -130,7 +130,7 @@ class Pairwise:
             return _array([np.asarray(x)[at][()] for at in np.ndindex(np.shape(x))], np.shape(x))
 
         for result, index in zip(self.indices, indices, strict=True):
-            found[result] = _array([index], ())
+            found[result] = _array([jnp.asarray(index, jnp.int32)], ())
         for step in self.steps:
             outputs = step.apply(read, value, *step.arguments)
             found.update(zip(step.results, outputs, strict=True))
