@@ -273,6 +273,23 @@ def test_inside_of_a_shard_map_the_mask_is_of_the_whole(scheme: Any, checks: boo
     assert_close(found, expected, TOLERANCE["float32"])
 
 
+@pytest.mark.parametrize("name", ["sliding", "sinks"])
+def test_the_kernel_for_gpu_takes_keys_that_were_sent(name: str) -> None:
+    arrays, cotangent = arrays_of(LENGTH, LENGTH, kv_heads=2, dim=16, dim_v=16)
+    found = on_mesh(
+        arrays,
+        cotangent,
+        "told",
+        spec=P(None, "seq"),
+        axes={"seq": SHARDS},
+        mask=MASKS[name],
+        context_parallel="halo",
+        implementation="pallas",
+    )
+    allowed = np.asarray(MASKS[name].dense(LENGTH, LENGTH))
+    assert_close(found, defined(allowed, cotangent, **arrays), TOLERANCE["float32"])
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_queries_alone_are_divided_without_communication(mode: str) -> None:
     arrays, cotangent = arrays_of(16, 40, kv_heads=2)
