@@ -40,6 +40,7 @@ from jaxmask.masks import (
     Window,
 )
 from jaxmask.merge import merge_attention
+from jaxmask.spmd import balanced_order, reorder, restore
 from jaxmask.tiles import EMPTY, FULL, PARTIAL, TileMap
 
 if TYPE_CHECKING:
@@ -66,6 +67,7 @@ __all__ = [
     "TileMap",
     "Window",
     "attention",
+    "balanced_order",
     "create_4d_causal_attention_mask",
     "expand_mask",
     "explain",
@@ -78,6 +80,8 @@ __all__ = [
     "prepare_4d_attention_mask_for_sdpa",
     "prepare_4d_causal_attention_mask",
     "prepare_4d_causal_attention_mask_for_sdpa",
+    "reorder",
+    "restore",
     "show",
     "to_splash",
     "unmask_unattended",

@@ -53,6 +53,7 @@ def attention(
     offset: Offset | None = None,
     query_positions: QueryPositions | None = None,
     key_positions: KeyPositions | None = None,
+    positions: KeyPositions | None = None,
     logits_soft_cap: float | None = None,
     sinks: Float[Array | np.ndarray, "heads"] | None = None,
     dropout_rate: float = 0.0,
@@ -60,6 +61,8 @@ def attention(
     broadcast_dropout: bool = False,
     return_residual: Literal[False] = False,
     sharding: Sharding | None = None,
+    axis_name: str | tuple[str, ...] | None = None,
+    context_parallel: spmd.Scheme | None = None,
     implementation: Implementation | None = None,
 ) -> Float[Array, "batch q heads dim_v"]: ...
 @overload
@@ -74,6 +77,7 @@ def attention(
     offset: Offset | None = None,
     query_positions: QueryPositions | None = None,
     key_positions: KeyPositions | None = None,
+    positions: KeyPositions | None = None,
     logits_soft_cap: float | None = None,
     sinks: Float[Array | np.ndarray, "heads"] | None = None,
     dropout_rate: float = 0.0,
@@ -81,6 +85,8 @@ def attention(
     broadcast_dropout: bool = False,
     return_residual: Literal[True],
     sharding: Sharding | None = None,
+    axis_name: str | tuple[str, ...] | None = None,
+    context_parallel: spmd.Scheme | None = None,
     implementation: Implementation | None = None,
 ) -> tuple[Float[Array, "batch q heads dim_v"], Float[Array, "batch q heads"]]: ...
 @known_elsewhere
@@ -95,6 +101,7 @@ def attention(
     offset: Offset | None = None,
     query_positions: QueryPositions | None = None,
     key_positions: KeyPositions | None = None,
+    positions: KeyPositions | None = None,
     logits_soft_cap: float | None = None,
     sinks: Float[Array | np.ndarray, "heads"] | None = None,
     dropout_rate: float = 0.0,
@@ -102,6 +109,8 @@ def attention(
     broadcast_dropout: bool = False,
     return_residual: bool = False,
     sharding: Sharding | None = None,
+    axis_name: str | tuple[str, ...] | None = None,
+    context_parallel: spmd.Scheme | None = None,
     implementation: Implementation | None = None,
 ) -> Any:
     """Scaled dot-product attention, of every query to the keys that the mask lets it attend to.
@@ -127,6 +136,10 @@ def attention(
         offset: position of the first query, as in :meth:`Mask.dense`. Another value never recompiles.
         query_positions: the position of each query, as in :meth:`Mask.dense`, in place of ``offset``.
         key_positions: the position of each key, as in :meth:`Mask.dense`: for a cache that is a ring buffer.
+        positions: the position of each token, integer ``[length]``, where queries and keys are one sequence in another
+            order than that of its positions, such as :func:`balanced_order` finds for devices. It is a permutation,
+            which is checked in NumPy, and then known beforehand. Arrays in the mask are in the order of positions, and
+            those of keys, too; a bias that is an array is in the order of the tokens.
         logits_soft_cap: ``cap(x) = logits_soft_cap * tanh(x / logits_soft_cap)``, as of Gemma 2; a Python float.
         sinks: ``[heads]``, a logit for each head that takes part in softmax beside those of the keys, and has no value:
             the attention sinks of gpt-oss (``modeling_gpt_oss.eager_attention_forward`` in Transformers).
@@ -138,10 +151,21 @@ def attention(
         broadcast_dropout: whether all examples and heads drop the same pairs, as ``flax`` does by default.
         return_residual: whether to return the log-sum-exp too, by which :func:`merge_attention` joins partial results.
         sharding: how the query is divided over the devices of a mesh, where the axes of the mesh are automatic: such as
-            ``P("data", None, "model", None)`` for its examples and heads, on the mesh of ``jax.set_mesh``, or a
-            ``NamedSharding``. Each device then computes its own part, by the best kernel for it, and sends none of it.
-            It is ``P()`` where there is one device. Explicit axes need it not: the type of the query says the same.
-            With neither, where several devices may take part, an implementation is chosen that XLA can divide.
+            ``P("data", "seq", "model", None)`` for its examples, tokens and heads, on the mesh of ``jax.set_mesh``, or
+            a ``NamedSharding``. Each device then computes its own part, by the best kernel for it. Of examples and
+            heads it sends nothing; of the sequence, what ``context_parallel`` says. Keys are divided as the queries
+            where there are as many; else every device has all of them. It is ``P()`` where there is one device.
+            Explicit axes need it not: the types of query and key say the same. With neither, where several devices may
+            take part, an implementation is chosen that XLA can divide.
+        axis_name: the axis of the mesh that divides the sequence, or several, in a ``shard_map`` of yours: query, key
+            and value are then those of one device, and of a bias that is an array the queries, and all else (mask,
+            positions, offset, the keys of a bias) is of the whole sequence.
+        context_parallel: how the keys of a divided sequence come to the queries; ``None`` for what sends least.
+            ``"halo"`` sends each device the keys that the mask lets some query of it attend to, ``"gather"`` all of
+            them. ``"ulysses"`` sends all queries and keys of some of the heads, where these divide. ``"ring"`` sends
+            all keys around, but for devices that need none, and no device has more than two shards at a time; it is by
+            ``"blocked"``, and differentiable once, in reverse. What is static of the mask decides what is needed:
+            ``& SlidingWindow(longest)`` bounds documents whose ids are traced. :func:`explain` says the bytes.
         implementation: ``None`` chooses: a kernel of the platform that takes all of the arguments (cuDNN on GPU, else
             our own ``"pallas"``; splash on TPU; tokamax on both if installed), else ``"xla"`` where there are few
             queries and keys, else ``"blocked"``. A name forces one. Elsewhere than on their platform ``"pallas"`` and
@@ -182,18 +206,20 @@ def attention(
         offset=offset,
         query_positions=query_positions,
         key_positions=key_positions,
+        positions=positions,
         logits_soft_cap=logits_soft_cap,
         sinks=sinks,
         dropout_rate=dropout_rate,
         dropout_rng=dropout_rng,
         broadcast_dropout=broadcast_dropout,
         return_residual=return_residual,
+        shards=spmd.shards_of(axis_name, query, key),
     )
-    call, placement = spmd.placed(call, sharding)
+    call, placement, sequence = spmd.placed(call, sharding, axis_name, context_parallel)
     if placement is None:
         return RUN[choose(call, implementation)[0]](call)
-    name, _ = spmd.ask_shard(call, placement, lambda part: choose(part, implementation))
-    return spmd.attend(call, placement, RUN[name], name in OURS)
+    name, _ = spmd.ask_shard(call, placement, sequence, lambda part, scheme: choose(part, implementation, scheme))
+    return spmd.attend(call, placement, sequence, RUN[name], name in OURS)
 
 
 def drawbacks(name: str, call: Call) -> list[str]:
@@ -206,8 +232,15 @@ def drawbacks(name: str, call: Call) -> list[str]:
     return found
 
 
-def choose(call: Call, implementation: str | None) -> tuple[str, str]:
-    """The implementation, and why."""
+def choose(call: Call, implementation: str | None, scheme: spmd.Scheme | None = None) -> tuple[str, str]:
+    """The implementation, and why; ``scheme`` says how devices share a sequence."""
+    if scheme == "ring":
+        if implementation not in (None, "blocked"):
+            raise ValueError(
+                f"implementation={implementation!r} cannot join what comes around a ring: leave it out, or "
+                "context_parallel='ring'"
+            )
+        return "blocked", "it joins what comes around a ring"
     if is_empty(call.query, call.key):
         return "xla", "there is no pair of a query and a key"
     if implementation is not None:

@@ -38,6 +38,8 @@ class Explanation:
         launches: the kernels that ``"pallas"`` launches, with their tiles, in words; empty for any other.
         devices: how the call is divided over the devices of a mesh, in words; ``None`` where it is not. The numbers are
             those of the whole.
+        context_parallel: what a device receives and computes where the sequence is divided, too; ``None`` where nothing
+            is sent. ``context_parallel.show()`` draws which shards of keys each shard of queries needs.
     """
 
     implementation: str
@@ -50,10 +52,12 @@ class Explanation:
     dense_bytes: int
     launches: list[str]
     devices: str | None
+    context_parallel: spmd.Cost | None = None
 
     def __repr__(self) -> str:
         lines = [f"{self.implementation}: {self.reason}"]
         lines += [f"  {self.devices}"] if self.devices is not None else []
+        lines += [f"  {line}" for line in str(self.context_parallel or "").splitlines()]
         lines += [f"  {launch}" for launch in self.launches]
         lines += [f"  not {name}: {'; '.join(lacks)}" for name, lacks in self.lacks.items() if lacks]
         if self.sparsity is None:
@@ -76,6 +80,8 @@ def explain(
     mask: Mask | None = None,
     *,
     sharding: Sharding | None = None,
+    axis_name: str | tuple[str, ...] | None = None,
+    context_parallel: spmd.Scheme | None = None,
     implementation: Implementation | None = None,
     platform: Literal["cpu", "gpu", "tpu"] | None = None,
     **arguments: Unpack[Arguments],
@@ -84,7 +90,7 @@ def explain(
 
     Args:
         query, key, value: arrays, or their shapes as ``jax.ShapeDtypeStruct``.
-        mask, sharding, implementation: as in :func:`attention`.
+        mask, sharding, axis_name, context_parallel, implementation: as in :func:`attention`.
         platform: where it is to run, though it be not here; ``None`` for where the query is.
         **arguments: the others of :func:`attention`.
 
@@ -110,19 +116,27 @@ def explain(
     """
     if platform not in (None, "cpu", "gpu", "tpu"):
         raise ValueError(f"platform must be 'cpu', 'gpu' or 'tpu', or None for where the query is, got {platform!r}")
-    call = checked_call(query, key, value, mask, platform=platform, **arguments)
-    call, placement = spmd.placed(call, sharding)
+    call = checked_call(
+        query, key, value, mask, platform=platform, **arguments, shards=spmd.shards_of(axis_name, query, key)
+    )
+    call, placement, sequence = spmd.placed(call, sharding, axis_name, context_parallel)
     has_pairs = not is_empty(call.query, call.key)
 
-    def judged(call: Call) -> tuple[tuple[str, str], list[str], dict[str, list[str]]]:
-        chosen = choose(call, implementation)
+    def judged(
+        call: Call, scheme: spmd.Scheme | None = None
+    ) -> tuple[tuple[str, str], list[str], dict[str, list[str]]]:
+        chosen = choose(call, implementation, scheme)
         launches = pallas_gpu.launches(call) if chosen[0] == "pallas" else []
         return chosen, launches, {name: _unfit(name, call) for name in LACKS if has_pairs and name != chosen[0]}
 
     # What each device has to do, which is what an implementation must take.
-    asked = judged(call) if placement is None else spmd.ask_shard(call, placement, judged)
+    asked = judged(call) if placement is None else spmd.ask_shard(call, placement, sequence, judged)
     (chosen, reason), launches, lacks = asked
     devices = None if placement is None else str(placement)
+    cost = None
+    if placement is not None and sequence is not None:
+        cost = spmd.ask_shard(call, placement, None, lambda part, _: sequence.cost(part))
+        call = _whole(call)
     slow = {"xla": "it writes out all scores", "blocked": "there are too few scores to cut into tiles"}
     lacks |= {name: [why] for name, why in slow.items() if has_pairs and chosen in slow and name != chosen}
     (batch, query_length, heads, dim), (_, key_length, kv_heads, dim_v) = call.query.shape, call.value.shape
@@ -148,7 +162,18 @@ def explain(
     flops_of_pair = 2 * (dim + dim_v)
     flops = None if pairs is None else flops_of_pair * pairs
     dense_flops = flops_of_pair * dense_pairs
-    return Explanation(chosen, reason, lacks, sparsity, flops, dense_flops, moved, dense_bytes, launches, devices)
+    return Explanation(chosen, reason, lacks, sparsity, flops, dense_flops, moved, dense_bytes, launches, devices, cost)
+
+
+def _whole(call: Call) -> Call:
+    """The call with the shapes of the whole sequence, where its arrays are those of one device."""
+
+    def whole(x: Any, length: checks.Length) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((x.shape[0], length, *x.shape[2:]), x.dtype)
+
+    at = call.positions
+    key, value = (whole(x, at.key_length) for x in (call.key, call.value))
+    return replace(call, query=whole(call.query, at.query_length), key=key, value=value)
 
 
 def _part(call: Call) -> tuple[Call, float]:

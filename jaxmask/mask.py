@@ -470,7 +470,17 @@ def placed(
         raise ValueError(f"key_positions is for a batch of {rows}, but {mask!r} for one of {batch}")
     mask = mask.at_keys(at.keys)
     mask.check(at.extent)
-    return mask & _AtKeys(_Occupied(), at.keys), at
+    return mask & occupied(at.keys), at
+
+
+def by_position(mask: Mask, positions: KeyPositions) -> Mask:
+    """The mask with ``kv`` as the index of a key whose position is given, by which its arrays are read, too."""
+    return _AtKeys(mask, positions)
+
+
+def occupied(positions: KeyPositions) -> Mask:
+    """The keys, by their index, whose position is not negative."""
+    return _AtKeys(_Occupied(), positions)
 
 
 def _sizes(batch: int | None, heads: int | None) -> reading.Sizes:

@@ -446,7 +446,61 @@ def attention(
 @partial(jax.jit, static_argnames="block")
 def attend(call: Call, block: tuple[int, int] | None = None) -> Any:
     """What a call whose arguments are checked asks for."""
-    call = _vary_alike(call)
+    program, operands = _prepared(call, block)
+    results: tuple[Array, Array]
+    results, _ = _run(program, *operands)
+    out, lse = (x[:, : call.query.shape[1]] for x in results)
+    return (out, lse) if call.return_residual else out
+
+
+def sums(call: Call) -> tuple[Array, Array, Array]:
+    """Attention to a part of the keys, for a caller that joins it to others and has a derivative of its own.
+
+    Returns:
+        The output, in at least float32, and the two parts of the log-sum-exp: the highest score of each query, and the
+        logarithm of the sum of ``exp(score - highest)``; that is ``-inf`` where a query attends to no key.
+    """
+    program, operands = _prepared(call, None)
+    (_, lse), residuals = _forward(program, *operands)
+    out, highest, log_total = (x[:, : call.query.shape[1]] for x in residuals)
+    return out, highest, jnp.where(jnp.isneginf(lse[:, : call.query.shape[1]]), -jnp.inf, log_total)
+
+
+def pulled_back(
+    to_call: Callable[[Tree], Call], floats: Tree, results: tuple[Array, Array, Array], cotangents: tuple[Array, Array]
+) -> Tree:
+    """The gradients of attention to all keys by way of a part of them. The weights follow from ``results``.
+
+    Args:
+        to_call: the call of the part, from arrays of floats.
+        floats: these arrays.
+        results: as :func:`sums` has them, of all keys, where a query without any has a logarithm of 0.
+        cotangents: of the output and of the log-sum-exp, for all keys.
+    """
+    program, operands = _prepared(to_call(floats), None)
+    rows = operands[0].shape[1] - results[0].shape[1]
+    # In rows that only fill a tile every weight is 0.
+    fills = 0, float(jnp.finfo(results[1].dtype).max), 0
+    filled = (_fill(x, rows, value) for x, value in zip(results, fills, strict=True))
+    gradients = _backward(program, (*operands, *filled), tuple(_fill(x, rows) for x in cotangents))
+    _, pull = jax.vjp(lambda floats: _floats(_prepared(to_call(floats), None)[1]), floats)
+    return pull(_floats(gradients))[0]
+
+
+def _fill(x: Array, rows: int, value: float = 0) -> Array:
+    """An array ``[batch, q, …]`` with so many more queries."""
+    return jnp.pad(x, [(0, rows if axis == 1 else 0) for axis in range(x.ndim)], constant_values=value)
+
+
+def _floats(operands: Any) -> Any:
+    """The operands of :func:`_forward` that have gradients, or these."""
+    *arrays, _, closures, _ = operands
+    return arrays, {is_masked: floats for is_masked, (floats, _) in closures.items()}
+
+
+def _prepared(call: Call, block: tuple[int, int] | None) -> tuple[_Program, tuple[Any, ...]]:
+    """The program of a call, and the operands of :func:`_forward`."""
+    call = vary_alike(call)
     query, key, value, bias = call.query, call.key, call.value, call.bias
     (batch, query_length, heads, _), kv_heads = query.shape, key.shape[2]
     group = heads // kv_heads
@@ -507,17 +561,14 @@ def attend(call: Call, block: tuple[int, int] | None = None) -> Any:
         unmasked=unmasked[0],
         only_masks=call.logits_soft_cap is None and bias is None,
     )
-    query = jnp.pad(query, ((0, 0), (0, -query_length % queries), (0, 0), (0, 0)))
+    query = _fill(query, -query_length % queries)
     key, value = _arrange(key, "bknd", program.key), _arrange(value, "bknd", program.value)
     arrays = {False: unmasked[1], True: masked[1]}
     sinks = None if call.sinks is None else jnp.asarray(call.sinks, products.dtype)
-    results: tuple[Array, Array]
-    results, _ = _run(program, query, key, value, array, sinks, call.dropout, arrays, ranges)
-    out, lse = (x[:, :query_length] for x in results)
-    return (out, lse) if call.return_residual else out
+    return program, (query, key, value, array, sinks, call.dropout, arrays, ranges)
 
 
-def _vary_alike(tree: Tree) -> Tree:
+def vary_alike(tree: Tree) -> Tree:
     """Make all arrays vary over the axes of a ``shard_map`` over which any does, because loops will add them up."""
     zero = sum((jnp.zeros_like(leaf, jnp.int32, ()) for leaf in jax.tree.leaves(tree)), start=jnp.int32(0))
     return jax.tree.map(lambda leaf: leaf + zero.astype(leaf.dtype), tree)

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 from jaxmask import checks, indices
 from jaxmask.indices import Index, common
 from jaxmask.kernels.dropout import Dropout
-from jaxmask.mask import Full, Mask, placed, refuse_no_mask
+from jaxmask.mask import Full, Mask, by_position, placed, refuse_no_mask
 from jaxmask.native import Split
 from jaxmask.positions import KeyPositions, Offset, Positions, QueryPositions
 from jaxmask.reading import states
@@ -49,6 +49,7 @@ class Arguments(TypedDict, total=False):
     offset: Offset | None
     query_positions: QueryPositions | None
     key_positions: KeyPositions | None
+    positions: KeyPositions | None
     logits_soft_cap: float | None
     sinks: Float[Array | np.ndarray, "heads"] | None
     dropout_rate: float
@@ -115,6 +116,7 @@ def checked_call(
     offset: Offset | None = None,
     query_positions: QueryPositions | None = None,
     key_positions: KeyPositions | None = None,
+    positions: KeyPositions | None = None,
     logits_soft_cap: float | None = None,
     sinks: Any = None,
     dropout_rate: float = 0.0,
@@ -122,8 +124,15 @@ def checked_call(
     broadcast_dropout: bool = False,
     return_residual: bool = False,
     platform: str | None = None,
+    shards: int = 1,
 ) -> Call:
-    """The arguments, when they are found to fit each other, for the platform of the query where none is said."""
+    """The arguments, when they are found to fit each other.
+
+    Args:
+        platform: for which they are; ``None`` for that of the query.
+        shards: how many devices divide the sequence, where query, key and value are those of one of them. All else is
+            of the whole sequence; of a bias only its keys are.
+    """
     for name, array in (("query", query), ("key", key), ("value", value)):
         if checks.array(name, array, "f").dtype not in _DTYPES:
             raise TypeError(
@@ -154,9 +163,23 @@ def checked_call(
     if mask is not None and not isinstance(mask, Mask):
         refuse_no_mask(mask, expected="mask must be a jaxmask.Mask")
     mask = Full() if mask is None else mask
+    if shards > 1 and mask.shape[2] == key_length:
+        raise ValueError(
+            f"{mask!r} describes the {key_length} keys of one device, but with axis_name a mask is of the whole "
+            f"sequence of {key_length * shards}: hand over the whole of its arrays, which a shard_map does by in_specs "
+            "that do not name the axis there"
+        )
+    query_length, key_length = query_length * shards, key_length * shards
     if is_empty(query, key):
         # Where there is no pair, nothing can be asked of a mask, nor of positions.
         mask, at, bias = Full(), Positions(query_length, key_length, None, None, None, True), None
+    elif positions is not None:
+        for name, given in (("offset", offset), ("query_positions", query_positions), ("key_positions", key_positions)):
+            if given is not None:
+                raise ValueError(
+                    f"positions and {name} both say where tokens are: positions alone says it of queries and of keys"
+                )
+        mask, at = _in_order(mask, positions, query_length, key_length)
     else:
         mask, at = placed(mask, query_length, key_length, offset, query_positions, key_positions)
     if at.starts_at_zero:
@@ -177,10 +200,10 @@ def checked_call(
         raise ValueError(f"logits_soft_cap must be positive, got {logits_soft_cap}; None is no cap")
     if bias is not None and not callable(bias):
         checks.array("bias", bias, "f", hint="; a bool mask is Dense(allowed), joined to the mask by &")
-        if not checks.broadcasts_to(bias.shape, (batch, heads, query_length, key_length)):
+        sizes = batch, heads, query.shape[1], key_length
+        if not checks.broadcasts_to(bias.shape, sizes):
             raise ValueError(
-                f"bias must broadcast to [batch, heads, q, kv] = {[batch, heads, query_length, key_length]}, got "
-                f"{checks.describe(bias)}"
+                f"bias must broadcast to [batch, heads, q, kv] = {list(sizes)}, got {checks.describe(bias)}"
             )
         bias = indices.as_4d(bias)
     if callable(bias):
@@ -207,6 +230,28 @@ def _platform(query: Any) -> str:
     if isinstance(query, jax.Array) and not checks.is_traced(query):
         return next(iter(query.devices())).platform
     return jax.default_backend()
+
+
+def _in_order(mask: Mask, positions: Any, query_length: int, key_length: int) -> tuple[Mask, Positions]:
+    """The mask to be read, and the positions, of a sequence whose tokens are in another order than their positions."""
+    if query_length != key_length:
+        raise ValueError(
+            f"positions is the order of one sequence, but there are {query_length} queries and {key_length} keys: say "
+            "query_positions and key_positions where these are two"
+        )
+    positions = checks.int32("positions", checks.array("positions", positions, "i", 1), 0, key_length - 1)
+    if positions.shape[0] != key_length:
+        raise ValueError(
+            f"positions must give the position of each of the {key_length} tokens, of the whole sequence, got "
+            f"{checks.describe(positions)}"
+        )
+    if isinstance(positions, np.ndarray) and len(np.unique(positions)) != key_length:
+        raise ValueError(
+            f"positions must be a permutation of 0 to {key_length - 1}, got {checks.describe(positions)} with "
+            f"{len(np.unique(positions))} different positions"
+        )
+    mask, _ = placed(mask, query_length, key_length, None, None, None)
+    return by_position(mask, positions), Positions(query_length, key_length, None, positions, positions, True)
 
 
 def _is_left_to_xla(query: Any) -> bool:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, DTypeLike, Float, UInt32
 
-from jaxmask.indices import Index
+from jaxmask.indices import Index, lookup
 
 _FIRST = np.int32(0)
 _ROTATIONS = (13, 15, 26, 6), (17, 29, 16, 24)
@@ -21,7 +21,7 @@ _ROTATIONS = (13, 15, 26, 6), (17, 29, 16, 24)
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=("key", "first_example", "first_head"),
+    data_fields=("key", "first_example", "first_head", "first_query", "keys"),
     meta_fields=("rate", "is_shared"),
 )
 @dataclass(frozen=True, eq=False)
@@ -32,7 +32,9 @@ class Dropout:
         key: the seed, uint32 ``[2]``.
         rate: the probability that a pair is dropped; static.
         is_shared: whether all examples and heads drop the same pairs; static.
-        first_example, first_head: what the indices of examples and heads are counted from, in a shard.
+        first_example, first_head, first_query: what the indices of examples, heads and queries are counted from, in a
+            shard.
+        keys: the index of each key in the whole, int32 ``[kv]``, in a shard that has not all of them in order.
     """
 
     key: Any
@@ -40,13 +42,16 @@ class Dropout:
     is_shared: bool
     first_example: Any = _FIRST
     first_head: Any = _FIRST
+    first_query: Any = _FIRST
+    keys: Any = None
 
     def factor(self, dtype: DTypeLike, b: Index, h: Index, q: Index, kv: Index) -> Float[Array, "batch heads q kv"]:
         """0 where the pair of these indices is dropped, else ``1 / (1 - rate)``."""
         key: Any = self.key
         if not self.is_shared:
             key = threefry(key, b + self.first_example, h + self.first_head)
-        bits = threefry(key, q, kv)[0]
+        kv = kv if self.keys is None else lookup(self.keys, kv=kv)
+        bits = threefry(key, q + self.first_query, kv)[0]
         threshold = jnp.uint32(min(round(self.rate * 2**32), 2**32 - 1))
         return jnp.where(bits < threshold, 0, jnp.asarray(1 / (1 - self.rate), dtype))
 

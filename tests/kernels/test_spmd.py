@@ -266,15 +266,18 @@ BAD = [
     bad("no-spec", lambda: attend(sharding="data"), TypeError, "PartitionSpec", "'data'"),
     bad("a-tuple", lambda: attend(sharding=("data",)), TypeError, "PartitionSpec", r"\('data',\)"),
     bad("no-mesh", lambda: attend(sharding=P("data")), ValueError, "no mesh", r"set_mesh"),
-    bad("sequence", lambda: attend(sharding=on(None, "data")), ValueError, "divides q", "batch and heads"),
-    bad("dim", lambda: attend(sharding=on(None, None, None, "model")), ValueError, "divides dim", "batch and heads"),
+    bad("dim", lambda: attend(sharding=on(None, None, None, "model")), ValueError, "divides dim", "batch, seq"),
     bad("rank", lambda: attend(sharding=P(None, None, None, None, "x")), ValueError, r"\[batch, q, heads, dim\]"),
     bad("batch", lambda: attend(X[:3], X[:3], X[:3], sharding=on("data")), ValueError, "batch into 2", "query has 3"),
     bad("heads", lambda: attend(X[:, :, :1], X[:, :, :1], X[:, :, :1], sharding=SHARDED), ValueError, "heads into 2"),
     bad("unconstrained", lambda: attend(sharding=on(P.UNCONSTRAINED)), ValueError, "must say"),
-    bad("explained", lambda: jaxmask.explain(X, X, X, sharding=on(None, "data")), ValueError, "divides q"),
+    bad("explained", lambda: jaxmask.explain(X, X, X, sharding=on(*[None] * 3, "data")), ValueError, "divides dim"),
     bad(
-        "explicit-sequence", lambda: explicitly(P(None, "data"), P()), ValueError, "type of query divides q", "reshard"
+        "explicit-dim",
+        lambda: explicitly(P(*[None] * 3, "data"), P()),
+        ValueError,
+        "type of query divides dim",
+        "reshard",
     ),
     bad("closed-bias", lambda: closing_over("bias"), ValueError, "bias closes over float32", "Partial"),
     bad("closed-mask", lambda: closing_over("mask"), ValueError, "mask or the bias closes over float32", "Partial"),
@@ -311,17 +314,17 @@ def test_a_kernel_of_others_says_what_it_needs_of_a_shard_map(checks: bool) -> N
 
 def test_a_shard_of_a_mask_that_kernels_know_is_one_that_they_know() -> None:
     mask = SlidingWindow(64) & Prefix(jnp.array([100, 200, 300, 400])) & Segments(jnp.zeros((4, 512), int))
-    placed, placement = spmd.placed(checked_call(WHOLE, WHOLE, WHOLE, mask), NamedSharding(MESH, SPEC))
+    placed, placement, _ = spmd.placed(checked_call(WHOLE, WHOLE, WHOLE, mask), NamedSharding(MESH, SPEC))
     assert placement is not None
-    kinds = spmd.ask_shard(placed, placement, lambda part: [type(each) for each in part.mask.parts()])
+    kinds = spmd.ask_shard(placed, placement, None, lambda part, _: [type(each) for each in part.mask.parts()])
     assert kinds == [And, SlidingWindow, Prefix, Segments]
 
 
 def test_masks_of_heads_stay_as_they_are_where_heads_are_whole() -> None:
     mask = PerHead([Causal(), Full(), Full(), Full()])
-    placed, placement = spmd.placed(checked_call(WHOLE, WHOLE, WHOLE, mask), NamedSharding(MESH, P("data")))
+    placed, placement, _ = spmd.placed(checked_call(WHOLE, WHOLE, WHOLE, mask), NamedSharding(MESH, P("data")))
     assert placement is not None
-    assert isinstance(spmd.ask_shard(placed, placement, lambda part: part.mask), PerHead)
+    assert isinstance(spmd.ask_shard(placed, placement, None, lambda part, _: part.mask), PerHead)
 
 
 def test_functions_may_close_over_what_is_traced_where_axes_are_automatic() -> None:

@@ -1,4 +1,4 @@
-"""Attention on a mesh of four chips, compiled ahead of time: each takes splash for its part, and sends nothing."""
+"""Attention on meshes of chips, compiled ahead of time: each takes splash for its part, and is sent what it needs."""
 
 from typing import Any
 
@@ -11,8 +11,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxmask
-from jaxmask import Causal, Segments
-from tests.helpers.programs import collectives
+from jaxmask import Causal, Mask, Prefix, Segments, SlidingWindow
+from tests.helpers.programs import collectives, received
 
 SPEC = P("data", None, "model", None)
 
@@ -50,3 +50,71 @@ def test_what_is_left_to_xla_is_divided_without_a_gather() -> None:
     program = compiled(AxisType.Auto, False, None)
     assert collectives(program) == []
     assert "tpu_custom_call" not in program.as_text()
+
+
+# A long sequence, divided.
+
+LENGTH = 131_072
+MASKS: dict[str, Mask] = {
+    "causal": Causal(),
+    "window": SlidingWindow(1024),
+    "sinks": SlidingWindow(1024) | Causal() & Prefix(4),
+}
+
+
+def divided(
+    name: str, scheme: Any, implementation: Any, *, ids: bool = False, length: int = LENGTH, chips: str = "2x4"
+) -> tuple[Any, Any]:
+    """Output and gradients on chips that divide a sequence; and what is said of them."""
+    devices = topologies.get_topology_desc(platform="tpu", topology_name=f"v5e:{chips}").devices
+    mesh = Mesh(np.array(devices), ("seq",), axis_types=(AxisType.Auto,))
+    told = NamedSharding(mesh, P(None, "seq"))
+
+    def run(query: Any, key: Any, value: Any, cotangent: Any, ids: Any) -> Any:
+        mask = MASKS[name] if ids is None else MASKS[name] & Segments(ids)
+        how: dict[str, Any] = {
+            "mask": mask,
+            "sharding": told,
+            "context_parallel": scheme,
+            "implementation": implementation,
+        }
+        said.append(jaxmask.explain(query, key, value, **how).context_parallel)
+        out, pull = jax.vjp(lambda *x: jaxmask.attention(*x, **how), query, key, value)
+        return out, pull(cotangent)
+
+    said: list[Any] = []
+    query, key = (jax.ShapeDtypeStruct((1, length, heads, 128), jnp.bfloat16, sharding=told) for heads in (32, 8))
+    whole = jax.ShapeDtypeStruct((1, length), jnp.int32, sharding=NamedSharding(mesh, P())) if ids else None
+    program = jax.jit(run, out_shardings=told).lower(query, key, key, query, whole).compile()
+    return program, said[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "scheme", "implementation"),
+    [
+        ("window", None, "splash"),
+        ("sinks", None, "blocked"),
+        ("causal", None, "splash"),
+        ("causal", "gather", "splash"),
+        ("causal", "ring", None),
+    ],
+)
+def test_eight_chips_receive_what_is_said(name: str, scheme: Any, implementation: Any) -> None:
+    program, said = divided(name, scheme, implementation)
+    assert said.scheme == (scheme or {"causal": "ulysses"}.get(name, "halo"))
+    found = received(program)
+    assert sum(found.values()) == sum(said.received[said.scheme]), found
+    # No scores, which would be gigabytes.
+    assert f"{LENGTH},{LENGTH}" not in program.as_text()
+
+
+def test_a_window_bounds_documents_whose_ids_are_traced() -> None:
+    program, said = divided("window", None, "splash", ids=True)
+    assert said.scheme == "halo"
+    assert sum(received(program).values()) == sum(said.received["halo"]) == 2 * 2**22
+
+
+def test_a_million_tokens_on_256_chips_are_sent_what_a_window_holds() -> None:
+    program, said = divided("window", None, "splash", length=2**20, chips="16x16")
+    assert sum(received(program).values()) == sum(said.received["halo"]) == 2 * 2**22
+    assert program.memory_analysis().temp_size_in_bytes < 100 * 2**20

@@ -1,0 +1,192 @@
+"""Which devices of a mesh have which part of a call: what the type of the query says, ``sharding`` or ``axis_name``."""
+
+from dataclasses import dataclass, replace
+from math import prod
+from typing import Any
+
+import jax
+from jax import lax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from jaxmask import checks
+from jaxmask.kernels.call import Call
+
+Axes = tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Over which axes of a mesh a call is divided; hashable.
+
+    Args:
+        mesh: the devices; ``None`` inside of a ``shard_map``, where the arrays are those of one device.
+        examples, heads, queries: names of axes of the mesh; empty where every device has all of them.
+        keys: those of the queries, or empty.
+    """
+
+    mesh: Any
+    examples: Axes = ()
+    heads: Axes = ()
+    queries: Axes = ()
+    keys: Axes = ()
+
+    def shards(self, axes: Axes) -> int:
+        """How many devices divide what is sharded over these axes."""
+        return prod(self.mesh.shape[axis] if self.mesh is not None else lax.axis_size(axis) for axis in axes)
+
+    def __str__(self) -> str:
+        parts = [
+            f"{what} over {' and '.join(map(repr, axes))} ({self.shards(axes)})"
+            for what, axes in (("batch", self.examples), ("heads", self.heads), ("sequence", self.queries))
+            if axes
+        ]
+        return f"{', '.join(parts) or 'all of it on each device'}: queries and outputs stay where they are"
+
+
+def placement_of(
+    call: Call, sharding: PartitionSpec | NamedSharding | None, axis_name: str | Axes | None = None
+) -> tuple[Call, Placement | None]:
+    """A call, and where its parts are, as the type of the query, ``sharding`` or ``axis_name`` says it.
+
+    Returns:
+        ``None`` for the placement where none does, or all is on one device.
+
+    Raises:
+        TypeError, ValueError: ``sharding`` has another type, or the call cannot follow it.
+    """
+    if sharding is not None and not isinstance(sharding, PartitionSpec | NamedSharding):
+        raise TypeError(
+            "sharding must be a PartitionSpec or a NamedSharding, that of the query, such as "
+            f'P("data", None, "model", None), got {checks.describe(sharding)}'
+        )
+    typed = _explicit(call.query)
+    if axis_name is not None:
+        return call, _inside(sharding, typed, axis_name)
+    if typed is None and sharding is None:
+        return call, None
+    call = replace(call, is_left_to_xla=False)
+    if typed is None:
+        return call, _as_told(call, sharding)
+    spec = _axes(typed.spec)
+    if sharding is not None and _axes(_spec(sharding)) != spec:
+        raise ValueError(
+            f"sharding is {_spec(sharding)}, but the type of query says {typed.spec}: leave sharding out where the "
+            "axes of the mesh are explicit"
+        )
+    of_keys: list[Axes] = []
+    for name, array in (("key", call.key), ("value", call.value)):
+        at = _explicit(array)
+        own = _axes(at.spec) if at is not None else ((),) * 4
+        if at is not None and any(one and one != other for one, other in zip(own, spec, strict=True)):
+            raise ValueError(
+                f"{name} is sharded as {at.spec}, but query as {typed.spec}: they must agree on batch and heads, and "
+                "on the sequence, of which each device may also have all keys; move one by jax.sharding.reshard"
+            )
+        of_keys.append(own[1])
+    return call, _placement("the type of query", spec, typed.mesh, call, keys=of_keys[0] or of_keys[1])
+
+
+def shards_of(axis_name: object, query: object, key: object) -> int:
+    """How many devices of the surrounding ``shard_map`` divide query and key, by the axes named; 1 for ``None``."""
+    if axis_name is None:
+        return 1
+    names = axis_name if isinstance(axis_name, tuple) else (axis_name,)
+    if not names or not all(isinstance(name, str) for name in names):
+        raise TypeError(
+            "axis_name must be the name of an axis of the mesh that divides the sequence, or a tuple of names, got "
+            f"{checks.describe(axis_name)}"
+        )
+    try:
+        size = lax.axis_size(names)
+    except NameError:
+        raise ValueError(
+            f"axis_name is {axis_name!r}, but there is no such axis here: it is for calls inside of a jax.shard_map "
+            'over it; for arrays that are whole, say sharding=, the spec of the query, as P(None, "seq")'
+        ) from None
+    # Where a shard_map does not check what varies, nothing does.
+    if all(isinstance(x, jax.Array) for x in (query, key)) and set(names) & (_varying(query) - _varying(key)):
+        raise ValueError(
+            f"key is the same on every device of {axis_name!r}, and query is not: where each has all keys, leave "
+            "axis_name out and say offset=, the position of its first query"
+        )
+    return size
+
+
+def _varying(x: Any) -> Any:
+    """The axes of the mesh over which an array varies."""
+    return jax.typeof(x).manual_axis_type.varying
+
+
+def _inside(sharding: Any, typed: Any, axis_name: str | Axes) -> Placement:
+    if sharding is not None:
+        raise ValueError(
+            f"axis_name is {axis_name!r} and sharding {sharding}: give sharding for arrays that are whole, and "
+            "axis_name inside of a shard_map, where they are those of one device"
+        )
+    if typed is not None and any(_axes(typed.spec)):
+        raise ValueError(
+            f"axis_name is {axis_name!r}, but the type of query says {typed.spec} besides: let the shard_map be over "
+            "these axes, too"
+        )
+    axes = axis_name if isinstance(axis_name, tuple) else (axis_name,)
+    return Placement(None, queries=axes, keys=axes)
+
+
+def _as_told(call: Call, sharding: Any) -> Placement | None:
+    spec = _axes(_spec(sharding))
+    mesh = sharding.mesh if isinstance(sharding, NamedSharding) else jax.sharding.get_abstract_mesh()
+    if not any(spec):
+        return None
+    if mesh.empty:
+        raise ValueError(
+            f"sharding is {sharding}, but there is no mesh: call in `with jax.set_mesh(mesh):`, or give "
+            "sharding=NamedSharding(mesh, spec)"
+        )
+    # As many keys as queries are those of the same sequence.
+    return _placement("sharding", spec, mesh, call, keys=spec[1] if call.key.shape[1] == call.query.shape[1] else ())
+
+
+def _placement(name: str, spec: tuple[Axes, ...], mesh: Any, call: Call, keys: Axes) -> Placement:
+    for what, axes, array, axis in (
+        *(("batch", spec[0], call.query, 0), ("the sequence", spec[1], call.query, 1)),
+        *(("heads", spec[2], call.query, 2), ("dim", spec[3], call.query, 3), ("the keys", keys, call.key, 1)),
+    ):
+        unknown = [axis for axis in axes if axis not in mesh.shape]
+        if unknown:
+            raise ValueError(f"{name} names {unknown}, but the axes of the mesh are {list(mesh.shape)}")
+        if axes and what == "dim":
+            raise ValueError(
+                f"{name} divides dim over {list(axes)}, but only batch, sequence and heads may be divided: gather it "
+                "before, by jax.sharding.reshard where the axes of the mesh are explicit"
+            )
+        shards = prod(mesh.shape[axis] for axis in axes)
+        if axes and what in ("the sequence", "the keys") and jax.export.is_symbolic_dim(array.shape[axis]):
+            raise ValueError(f"{name} divides {what} over {list(axes)}, but its length is symbolic: give a number")
+        if array.shape[axis] % shards:
+            which = "key" if what == "the keys" else "query"
+            raise ValueError(
+                f"{name} divides {what} into {shards}, but the {which} has {array.shape[axis]}: "
+                f"{checks.describe(array)}; leave the axis out, or fill it up"
+            )
+    return Placement(mesh, spec[0], spec[2], spec[1], keys)
+
+
+def _explicit(x: Any) -> NamedSharding | None:
+    """The sharding in the type of an array, where an axis of its mesh is explicit."""
+    sharding: Any = x.sharding if isinstance(x, jax.ShapeDtypeStruct) else jax.typeof(x).sharding
+    is_explicit = isinstance(sharding, NamedSharding) and AxisType.Explicit in sharding.mesh.axis_types
+    return sharding if is_explicit else None
+
+
+def _spec(sharding: PartitionSpec | NamedSharding) -> PartitionSpec:
+    return sharding.spec if isinstance(sharding, NamedSharding) else sharding
+
+
+def _axes(spec: PartitionSpec) -> tuple[tuple[str, ...], ...]:
+    """The names of axes of a mesh along each of ``[batch, q, heads, dim]``."""
+    if len(spec) > 4 or any(axes is PartitionSpec.UNCONSTRAINED for axes in spec):
+        raise ValueError(f"sharding must say the axes of the mesh for [batch, q, heads, dim], got {spec}")
+    named: list[tuple[str, ...]] = [
+        () if axes is None else axes if isinstance(axes, tuple) else (axes,) for axes in spec
+    ]
+    return tuple(named + [()] * (4 - len(named)))
