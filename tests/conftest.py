@@ -23,7 +23,7 @@ always: dict[str, Any] = {
     "print_blob": True,
     "suppress_health_check": [HealthCheck.too_slow],
 }
-settings.register_profile("jaxmask", max_examples=60, **always)
+settings.register_profile("jaxmask", max_examples=40, **always)
 # For `make test-fast` and `make test-latest`.
 settings.register_profile("fast", max_examples=5, **always)
 settings.load_profile("jaxmask")

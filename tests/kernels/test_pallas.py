@@ -322,8 +322,13 @@ def with_everything(query: Any, key: Any, value: Any, slopes: Any, ids: Any) -> 
     def forced(query: Any, key: Any, value: Any, slopes: Any) -> Any:
         mask = Causal() & Segments(ids) | Prefix(3)
         bias = Partial(lambda slopes, b, h, q, kv: slopes[h] * (kv - q).astype(jnp.float32), slopes)
-        how = {"logits_soft_cap": 5.0, "dropout_rate": 0.5, "dropout_rng": jax.random.key(0), "sinks": slopes}
-        where = {"offset": 30, "return_residual": True, "implementation": "pallas"}
+        how: dict[str, Any] = {
+            "logits_soft_cap": 5.0,
+            "dropout_rate": 0.5,
+            "dropout_rng": jax.random.key(0),
+            "sinks": slopes,
+        }
+        where: dict[str, Any] = {"offset": 30, "return_residual": True, "implementation": "pallas"}
         return jaxmask.attention(query, key, value, mask, bias=bias, **how, **where)
 
     out, pull = jax.vjp(forced, query, key, value, slopes)
