@@ -115,7 +115,8 @@ def attention(
 ) -> Any:
     """Scaled dot-product attention, of every query to the keys that the mask lets it attend to.
 
-    ``softmax(cap(scale * query @ key) + bias) @ value``, computed in at least float32. A query that may attend to
+    ``softmax(cap(scale * query @ key) + bias) @ value``, computed in at least float32, with products of the
+    precision that ``jax.default_matmul_precision`` says, by default TF32 on a GPU. A query that may attend to
     nothing gives zeros, and zero gradients; only the mask does that, and a bias of minus infinity, but no other score.
     A key that no query may attend to changes nothing, though it be NaN, nor does its value; where some query may attend
     to it, those that share its tile are NaN, too. Differentiable in query, key, value, bias and sinks; by ``"xla"`` and

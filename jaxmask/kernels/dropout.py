@@ -45,7 +45,7 @@ class Dropout:
     first_query: Any = _FIRST
     keys: Any = None
 
-    def factor(self, dtype: DTypeLike, b: Index, h: Index, q: Index, kv: Index) -> Float[Array, "batch heads q kv"]:
+    def factor(self, dtype: DTypeLike, b: Index, h: Index, q: Index, kv: Index) -> Float[Array, "..."]:
         """0 where the pair of these indices is dropped, else ``1 / (1 - rate)``."""
         key: Any = self.key
         if not self.is_shared:

@@ -100,6 +100,36 @@ def test_a_scale_that_turns_the_order_of_scores_around() -> None:
     assert_close(found, expected, TOLERANCE["float32"])
 
 
+@pytest.mark.parametrize("how", [{"logits_soft_cap": 1e5}, {"scale": 0.0}], ids=str)
+def test_numbers_at_the_edge(how: Any) -> None:
+    arrays, cotangent = arrays_of()
+    found = called(attend, arrays, cotangent, mask=MASKS["packed"], offset=OFFSET, **how)
+    assert_close(found, defined(written_out(MASKS["packed"]), cotangent, **arrays, **how), TOLERANCE["float32"])
+
+
+def test_a_scale_below_the_digits_of_float32_is_no_scale() -> None:
+    arrays, cotangent = arrays_of()
+    tiny, zero = (
+        called(attend, arrays, cotangent, mask=MASKS["packed"], offset=OFFSET, scale=scale) for scale in (1e-39, 0.0)
+    )
+    for name in ("out", "value"):
+        np.testing.assert_array_equal(tiny[name], zero[name])
+
+
+def test_the_log_sum_exp_of_the_lowest_scores_is_finite() -> None:
+    arrays, _ = arrays_of()
+    bias = jnp.full((1, 1, 1, KEYS), jnp.finfo(jnp.float32).min)
+    out, lse = attend(**arrays, bias=bias, return_residual=True, mask=Full())
+    assert (lse == jnp.finfo(jnp.float32).min).all()
+    merged, _ = jaxmask.merge_attention([(out, lse), (out, lse)])
+    np.testing.assert_allclose(merged, out, atol=1e-6)
+
+
+def test_the_lists_of_a_long_static_mask_are_no_constants_of_the_program() -> None:
+    x = jax.ShapeDtypeStruct((1, 32_768, 1, 64), jnp.bfloat16)
+    assert len(lowered(partial(jaxmask.attention, mask=Causal(), implementation="pallas"), x, x, x)) < 500_000
+
+
 def test_a_bias_of_positions_has_a_gradient_to_what_it_closes_over() -> None:
     arrays, cotangent = arrays_of()
     bias = np.asarray(SLOPES, np.float64)[:, None, None] * DISTANCES
@@ -417,6 +447,11 @@ def computed(b: Any, h: Any, q: Any, kv: Any) -> Any:
     return jnp.stack(jnp.broadcast_arrays(q, kv))[(q + kv) % 2] > 3
 
 
+def an_assertion(b: Any, h: Any, q: Any, kv: Any) -> Any:
+    assert np.ndim(q) == 4, "of rank 4"
+    return q >= kv
+
+
 HERE = "test_pallas.py"
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "float64": ({"dtype": jnp.float64}, "it computes in float32, not in float64"),
@@ -428,6 +463,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "row": (of_pair(a_whole_row), f"uses [1, 100] of them at once, which is asked for at {HERE}:"),
     "product": (of_pair(a_product), f"a GPU kernel has no 'dot_general', which is asked for at {HERE}:"),
     "element": (of_pair(a_row_of_positions), "it cannot be asked for a single pair"),
+    "assertion": (of_pair(an_assertion), "it cannot be asked for a single pair: of rank 4"),
     "computed": (of_pair(computed), "a GPU kernel has no 'dynamic_slice' of what it computes, which is asked for at"),
     "bias": ({"bias": lambda b, h, q, kv: sorted_ids(b, h, q, kv) * 1.0}, "a GPU kernel has no 'sort'"),
     "query": ({"batch": 2**19, "queries": 2**7}, "query has 2,147,483,648 elements, and it can address 2,147,483,647"),
@@ -527,6 +563,9 @@ def uses(x: Any, y: Any) -> dict[str, Any]:
         "any": (jnp.stack(jnp.broadcast_arrays(x, y)) > 40).any(0),
         "elements of a table": jnp.take(jnp.arange(50) * 2.0, x * y % 70, mode="fill"),
         "two elements at once": (jnp.arange(128.0).reshape(64, 2)[x] * jnp.array([1.0, -2.0])).sum(-1),
+        "a table of constants": jnp.full((200,), 7)[x],
+        "a narrow index": jnp.take(jnp.arange(300), x.astype(jnp.int8), mode="clip"),
+        "three cases": jax.lax.select_n(x % 3, a, b, a + b) if np.ndim(x) == 0 else a,
         "a slice": jax.lax.dynamic_slice(jnp.arange(64.0), (x,), (2,)).max() if np.ndim(x) == 0 else None,
     }
 

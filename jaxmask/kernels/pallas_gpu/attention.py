@@ -8,6 +8,10 @@ and sums over the queries' heads that share a head of keys. No array of all pair
 Source: FlashAttention-2 (https://arxiv.org/abs/2307.08691), and its walk of lists of tiles FlexAttention
 (https://arxiv.org/abs/2412.05496). Few queries divide their keys over programs: FlashDecoding
 (https://pytorch.org/blog/flash-decoding).
+
+It is differentiable once, in reverse. Lists of tiles take ``(length / tile) ** 2`` int32 for each example and head that
+the mask tells apart, where it is traced. An export for a CPU and a GPU at once is refused by JAX, which says that only
+the interpreter runs on a CPU: export for each by itself.
 """
 
 from collections.abc import Callable
@@ -50,6 +54,9 @@ def lacks(call: Call) -> list[str]:
             f"the dim of {what} is {dim}, and it takes at most {_MOST_DIM}": dim > _MOST_DIM
             for what, dim in dims.items()
         },
+        "it is for NVIDIA's GPUs": (
+            call.platform == jax.default_backend() == "gpu" and "rocm" in jax.devices()[0].client.platform_version
+        ),
         "inside of a shard_map it needs check_vma=False": (
             isinstance(call.query, jax.Array) and bool(jax.typeof(call.query).manual_axis_type.varying)
         ),
@@ -101,18 +108,20 @@ def attend(call: Call, blocks: Blocks | None = None) -> Any:
     """What a call asks for that the kernel does not lack, with tiles of these sizes, or those of the table."""
     program, operands = program_of(call, blocks)
     sinks = None if call.sinks is None else jnp.asarray(call.sinks, jnp.float32)
-    arrays = replace(call, bias=None, dropout=None, sinks=None)
-    results: Any = _run(program, arrays, call.dropout, sinks, operands, lists_of(call, program))
+    leaves, structure = jax.tree.flatten(replace(call, bias=None, sinks=None))
+    results: Any = _run(program, structure, leaves, sinks, operands, lists_of(call, program))
     out, lse = results
     return (out, lse) if call.return_residual else out
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _run(program: Program, call: Call, dropout: Any, sinks: Any, operands: OfPair, lists: Lists) -> Any:
-    return _forward(program, call, dropout, sinks, operands, lists)[0]
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _run(program: Program, structure: Any, leaves: list[Any], sinks: Any, operands: OfPair, lists: Lists) -> Any:
+    """The output and the log-sum-exp of a call, whose leaves begin with query, key and value."""
+    return _forward(program, structure, leaves, sinks, operands, lists)[0]
 
 
-def _forward(program: Program, call: Call, dropout: Any, sinks: Any, operands: OfPair, lists: Lists) -> Any:
+def _forward(program: Program, structure: Any, leaves: list[Any], sinks: Any, operands: OfPair, lists: Lists) -> Any:
+    call: Call = jax.tree.unflatten(structure, leaves)
     query, key, value, block = call.query, call.key, call.value, program.blocks.forward
     (batch, query_length, heads, dim), dim_v = query.shape, value.shape[3]
     kv_heads, splits, rows = key.shape[2], program.splits, program.rows
@@ -158,10 +167,10 @@ def _forward(program: Program, call: Call, dropout: Any, sinks: Any, operands: O
             x.reshape(batch, heads, query_length) for x in (highest, log_total)
         )  # the rows of a group are its heads, one after the other
     has_keys = highest < jnp.inf
-    lse = jnp.where(has_keys, (highest * program.unit + log_total) / LOG2E, -jnp.inf)
+    lse = jnp.where(has_keys, highest * (program.unit / LOG2E) + log_total / LOG2E, -jnp.inf)
     out = out.astype(value.dtype)
     residuals = out, Residuals(highest, log_total)
-    return (out, lse.swapaxes(1, 2)), (call, dropout, sinks, operands, lists, *residuals)
+    return (out, lse.swapaxes(1, 2)), (leaves, sinks, operands, lists, *residuals)
 
 
 def _merge(program: Program, out: Array, highest: Array, log_total: Array) -> tuple[Array, Array, Array]:
@@ -178,10 +187,10 @@ def _merge(program: Program, out: Array, highest: Array, log_total: Array) -> tu
     return (out * share).sum(1), jnp.where(is_there, top, jnp.inf), jnp.log2(safe)
 
 
-def _backward(program: Program, saved: Any, cotangents: Any) -> Any:
-    call, dropout, sinks, operands, lists, out, residuals = saved
+def _backward(program: Program, structure: Any, saved: Any, cotangents: Any) -> Any:
+    leaves, sinks, operands, lists, out, residuals = saved
     dout, dlse = cotangents
-    query, key, value = call.query, call.key, call.value
+    query, key, value, *others = leaves
     (batch, query_length, heads, dim), (_, key_length, kv_heads, dim_v) = query.shape, value.shape
     delta = jnp.einsum("bqhd,bqhd->bhq", dout, out, preferred_element_type=jnp.float32, precision="highest")
     delta = delta - dlse.swapaxes(1, 2)
@@ -232,9 +241,9 @@ def _backward(program: Program, saved: Any, cotangents: Any) -> Any:
         dsinks = -(jnp.where(residuals.highest < jnp.inf, at_sink, 0) * delta).sum((0, 2))
     doperands = jax.tree.map(_no_gradient, operands)
     if operands.bias:
-        doperands = doperands._replace(bias=_of_bias(program, call, dropout, sinks, operands, cotangents))
-    dcall = replace(jax.tree.map(_no_gradient, call), query=dq, key=dk, value=dv)
-    return dcall, jax.tree.map(_no_gradient, dropout), dsinks, doperands, jax.tree.map(_no_gradient, lists)
+        call = replace(jax.tree.unflatten(structure, leaves), sinks=sinks, return_residual=True)
+        doperands = doperands._replace(bias=_of_bias(program, call, operands, cotangents))
+    return [dq, dk, dv, *map(_no_gradient, others)], dsinks, doperands, jax.tree.map(_no_gradient, lists)
 
 
 _run.defvjp(_forward, _backward)
@@ -245,7 +254,7 @@ def _no_gradient(x: Any) -> Any:
     return jnp.zeros_like(x) if is_float else np.zeros(np.shape(x), jax.dtypes.float0)
 
 
-def _of_bias(program: Program, call: Call, dropout: Any, sinks: Any, operands: OfPair, cotangents: Any) -> Any:
+def _of_bias(program: Program, call: Call, operands: OfPair, cotangents: Any) -> Any:
     """The gradients of the arrays that a bias reads, by the loop in plain JAX: a sum over pairs that go anywhere.
 
     XLA leaves it out where nobody asks for them.
@@ -260,7 +269,7 @@ def _of_bias(program: Program, call: Call, dropout: Any, sinks: Any, operands: O
         rest = iter(floats)
         arrays = [next(rest) if yes else x for x, yes in zip(operands.bias, is_float, strict=True)]
         bias = arrays[0].reshape(program.bias_shape) if program.bias_shape else Partial(whole, arrays)
-        return blocked.attend(replace(call, bias=bias, dropout=dropout, sinks=sinks, return_residual=True))
+        return blocked.attend(replace(call, bias=bias))
 
     _, pull = jax.vjp(attend, [x for x, yes in zip(operands.bias, is_float, strict=True) if yes])
     found = iter(pull(cotangents)[0])

@@ -1,8 +1,8 @@
 """The sizes of the tiles of the GPU kernel, by dtype and dim.
 
 They are chosen by what the compiler says of the kernel for H100 and A100, for ``Causal() & Segments(ids)`` at a length
-of 4,096: of the tiles that spill no register, the one that a model of the kernel's loops puts first on both cards. No
-GPU has measured them yet. ``benchmarks/gpu.py --tune`` does, and prints rows to put here.
+of 4,096: of the tiles that spill no register, where there are any, the one that a model of the kernel's loops puts
+first on both cards. No GPU has measured them yet. ``benchmarks/gpu.py --tune`` does, and prints rows to put here.
 """
 
 from dataclasses import dataclass, replace

@@ -16,7 +16,7 @@ from jaxtyping import Array
 
 from jaxmask.kernels import scores
 from jaxmask.kernels.pallas_gpu.blocks import padded
-from jaxmask.kernels.pallas_gpu.program import LOG2E, OfPair, Program
+from jaxmask.kernels.pallas_gpu.program import OfPair, Program
 
 # What the maximum of a row starts from, so that a masked score has a weight of exactly 0.
 _LOWEST = scores.lowest(jnp.float32)
@@ -110,9 +110,9 @@ def _scores(
 
 
 def _tanh(x: Array) -> Array:
-    """By the exponential, which is a single instruction."""
-    e = jnp.exp2(-2 * LOG2E * jnp.abs(x))
-    return jnp.sign(x) * (1 - e) / (1 + e)
+    """By ``expm1``, which keeps the digits of what is small: Triton has no other ``tanh`` for all GPUs."""
+    e = jnp.expm1(-2 * jnp.abs(x))
+    return -jnp.sign(x) * e / (2 + e)
 
 
 def _not_finite(x: Array) -> Array:

@@ -59,6 +59,10 @@ _MOVE: dict[str, Callable[..., Any]] = {
     "unstack": lambda x, *, axis, **_: list(np.moveaxis(x, axis, 0)),
     "transpose": lambda x, *, permutation, **_: x.transpose(permutation),
 }
+# What evaluates a program of its own, once.
+_CALLS = frozenset(
+    {"checkpoint", "closed_call", "core_call", "custom_jvp_call", "custom_vjp_call", "jit", "pjit", "remat2"}
+)
 # How many values a function may hold for a pair at once, such as the coordinates of a token.
 _MOST_VALUES = 64
 
@@ -146,7 +150,7 @@ def trace(function: Callable[..., tuple[Any, ...]]) -> tuple[Pairwise, list[Any]
     index = jax.ShapeDtypeStruct((), jnp.int32)
     try:
         closed = jax.make_jaxpr(function)(index, index, index, index)
-    except (TypeError, IndexError, ValueError) as error:
+    except Exception as error:  # whatever a function of the user's raises: it was asked for index arrays before
         raise UnsupportedError(f"it cannot be asked for a single pair: {str(error).partition(chr(10))[0]}") from error
     indices = [_Result((), np.dtype(np.int32)) for _ in range(4)]
     tracing = _Tracing()
@@ -197,13 +201,18 @@ class _Tracing:
     def equation(self, equation: Any, inputs: list[Any], place: str) -> Sequence[Any]:
         """The outputs of one equation."""
         name, params = equation.primitive.name, equation.params
-        inner = next((params[key] for key in ("jaxpr", "call_jaxpr") if key in params), None)
-        if inner is not None and name not in ("scan", "while", "pallas_call"):
+        if name in _CALLS:
+            inner = params["call_jaxpr" if "call_jaxpr" in params else "jaxpr"]
             closed = inner if isinstance(inner, ClosedJaxpr) else ClosedJaxpr(inner, [])
             return self.run(closed.jaxpr, closed.consts, inputs, place)
+        reads = name in ("gather", "dynamic_slice")
+        if reads and isinstance(inputs[0], _Result) and inputs[0] in self._constants:
+            # An array that the function makes of constants is one before the kernel.
+            inputs = [self._before(inputs[0]), *inputs[1:]]
         depends = any(isinstance(x, _Result) and x not in self._constants for x in inputs)
         are_constants = bool(inputs) and not any(isinstance(x, jax.Array) or np.ndim(x) for x in inputs)
-        if not depends and not are_constants:
+        is_many = any(np.prod(v.aval.shape, dtype=int) > _MOST_VALUES for v in equation.outvars)
+        if not depends and (is_many or not are_constants):
             return _bound(equation, [self._before(x) for x in inputs])
         if name == "cond":
             branches = [self.run(branch.jaxpr, branch.consts, inputs[1:], place) for branch in params["branches"]]
@@ -212,19 +221,21 @@ class _Tracing:
                 self.add(name, place, _each(_chosen), [inputs[0], *answers], [result])
             return results
         results = [_Result(v.aval.shape, v.aval.dtype) for v in equation.outvars]
-        if name in ELEMENTWISE:
+        if name == "select_n" and len(inputs) > 3:
+            apply = _each(_chosen)
+        elif name in ELEMENTWISE:
             apply = _each(functools.partial(_bind, equation.primitive, params))
         elif name in _MOVE:
             apply = _with_values(functools.partial(_MOVE[name], **params), equation.primitive.multiple_results)
         elif name in _REDUCE:
             apply = _with_values(functools.partial(_reduce, _REDUCE[name], axes=params["axes"]))
-        elif name in ("gather", "dynamic_slice") and not isinstance(inputs[0], _Result):
+        elif reads and not isinstance(inputs[0], _Result):
             take = _gather if name == "gather" else _dynamic_slice
             apply = functools.partial(take, **params, shape=results[0].shape)
         else:
-            what = " of what it computes" if name in ("gather", "dynamic_slice") else ""
+            what = " of what it computes" if reads else ""
             raise UnsupportedError(f"a GPU kernel has no {name!r}{what}{place}")
-        self.add(name, place, apply, inputs, results, reads_first=name in ("gather", "dynamic_slice"))
+        self.add(name, place, apply, inputs, results, reads_first=reads)
         if not depends:
             self._constants.update({result: (equation, inputs, i) for i, result in enumerate(results)})
         return results
@@ -319,9 +330,14 @@ def _strides(shape: tuple[int, ...]) -> list[int]:
     return [int(np.prod(shape[axis + 1 :], dtype=int)) for axis in range(len(shape))]
 
 
+def _wide(start: Any) -> Any:
+    """An index in a type that can hold any other of its array."""
+    return start.astype(jnp.int32) if start.dtype.itemsize < 4 else start
+
+
 def _clip(start: Any, size: int) -> Any:
     """A start of which no element lies outside. It is 0 where there is no other."""
-    return np.int32(0) if size == 1 else jnp.clip(start, 0, size - 1).astype(jnp.int32)
+    return np.int32(0) if size == 1 else jnp.clip(_wide(start), 0, size - 1).astype(jnp.int32)
 
 
 def _dynamic_slice(
@@ -369,7 +385,7 @@ def _gather(
         batch = tuple(at[axis] for axis in of_batch)
         place: list[Any] = [np.int32(0)] * len(operand.shape)
         is_inside: Any = True
-        for axis, start in zip(numbers.start_index_map, starts[batch], strict=True):
+        for axis, start in zip(numbers.start_index_map, map(_wide, starts[batch]), strict=True):
             last = operand.shape[axis] - slice_sizes[axis]
             is_inside = is_inside & (start >= 0) & (start <= last)
             place[axis] = _clip(start, last + 1)

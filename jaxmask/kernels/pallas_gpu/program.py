@@ -1,11 +1,12 @@
 """What a call asks of the GPU kernel: sizes, tiles, the functions of a pair, and which tiles are walked."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.tree_util import Partial
 
 from jaxmask import checks
@@ -18,6 +19,8 @@ from jaxmask.kernels.pallas_gpu.tile_lists import TileLists, of_groups, without_
 LOG2E = math.log2(math.e)
 # Programs that keep a GPU busy, and the fewest tiles of keys that are worth a program of their own.
 _PROGRAMS, _FEWEST_TILES = 256, 4
+# Of so many tiles, the lists of a static mask are found while tracing; of more, by the program.
+_MOST_STATIC = 2**16
 
 
 class OfPair(NamedTuple):
@@ -75,7 +78,13 @@ class Program:
     def has_raw_scores(self) -> bool:
         """Whether the scores are the products themselves, so that the scale is part of the unit."""
         changes = self.logits_soft_cap is not None or self.functions.bias is not None or self.has_sinks
-        return self.scale > 0 and not changes
+        # The unit of a scale next to 0 would be 0, or of few digits.
+        return self.scale > 1e-30 and not changes
+
+    @property
+    def tiles(self) -> int:
+        """How many tiles of the forward pass an example and a head have."""
+        return -(-self.rows // self.blocks.forward.queries) * -(-self.key_length // self.blocks.forward.keys)
 
     @property
     def rows(self) -> int:
@@ -156,6 +165,9 @@ def functions_of(call: Call) -> tuple[OfPair, OfPair]:
 
 def lists_of(call: Call, program: Program) -> Lists:
     """The tiles that each kernel walks."""
+    if call.positions.starts_at_zero and program.tiles > _MOST_STATIC:
+        # Else the lists would be constants of the program, and longer than all the rest of it.
+        call = replace(call, positions=replace(call.positions, first=lax.optimization_barrier(jnp.int32(0))))
     found: dict[tuple[int, int], Any] = {}
 
     def states(queries: int, keys: int) -> Any:
