@@ -36,3 +36,25 @@ with docs.simulated("tokamax"):
     assert "all pairs" not in of_prefix
     assert of_window.startswith("pallas:")
     assert "not tokamax: its gradients write an array of all pairs" in of_window
+
+
+def test_a_gpu_that_the_kernel_is_not_for_has_another() -> None:
+    program = """
+import implementations as docs
+import jaxmask
+for capability, dim in (("9.0", 256), ("8.9", 128), ("8.9", 256), ("7.5", 64)):
+    docs.H100.compute_capability = capability
+    x = docs.jax.ShapeDtypeStruct((2, 1024, 4, dim), docs.jnp.bfloat16)
+    with docs.simulated("pallas"):
+        explanation = jaxmask.explain(x, x, x, jaxmask.Causal() | jaxmask.Prefix(9))
+    print(explanation.implementation, explanation.lacks.get("pallas"))
+"""
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'docs'}", "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-c", program]
+    printed = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+    assert printed.splitlines() == [
+        "pallas None",
+        "pallas None",
+        "blocked ['its tiles of a dim of 256 in bfloat16 need more shared memory than this GPU has']",
+        "blocked ['it needs a GPU of compute capability 8.0, and this one has 7.5']",
+    ]

@@ -4,6 +4,7 @@ import re
 from collections.abc import Generator
 from contextlib import contextmanager
 from functools import partial
+from math import prod
 from typing import Any
 
 import jax
@@ -341,8 +342,8 @@ def test_every_mask_becomes_three_kernels_for_a_gpu_and_no_array_of_pairs(mask: 
     q, k = (jax.ShapeDtypeStruct((2, 1000, heads, 64), jnp.bfloat16) for heads in (4, 2))
     program = lowered(output_and_gradients, q, k, k, mask)
     assert program.count("__gpu$xla.gpu.triton") == 3
-    brought = isinstance(mask, Dense)
-    assert ("1000x1000x" in program) == brought
+    sizes = [prod(map(int, shape.rstrip("x").split("x"))) for shape in re.findall(r"tensor<((?:\d+x)+)", program)]
+    assert (max(sizes) >= 1000 * 1000) == isinstance(mask, Dense)
     assert jaxmask.explain(q, k, k, mask, platform="gpu").implementation == "pallas"
 
 
@@ -452,6 +453,10 @@ def an_assertion(b: Any, h: Any, q: Any, kv: Any) -> Any:
     return q >= kv
 
 
+def a_complex_number(b: Any, h: Any, q: Any, kv: Any) -> Any:
+    return jnp.abs(q + 1j * kv) < 9
+
+
 HERE = "test_pallas.py"
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "float64": ({"dtype": jnp.float64}, "it computes in float32, not in float64"),
@@ -464,6 +469,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "product": (of_pair(a_product), f"a GPU kernel has no 'dot_general', which is asked for at {HERE}:"),
     "element": (of_pair(a_row_of_positions), "it cannot be asked for a single pair"),
     "assertion": (of_pair(an_assertion), "it cannot be asked for a single pair: of rank 4"),
+    "complex": (
+        of_pair(a_complex_number),
+        "a GPU kernel has no complex numbers, which is asked for at test_pallas.py:",
+    ),
     "computed": (of_pair(computed), "a GPU kernel has no 'dynamic_slice' of what it computes, which is asked for at"),
     "bias": ({"bias": lambda b, h, q, kv: sorted_ids(b, h, q, kv) * 1.0}, "a GPU kernel has no 'sort'"),
     "query": ({"batch": 2**19, "queries": 2**7}, "query has 2,147,483,648 elements, and it can address 2,147,483,647"),
@@ -566,6 +575,9 @@ def uses(x: Any, y: Any) -> dict[str, Any]:
         "a table of constants": jnp.full((200,), 7)[x],
         "a narrow index": jnp.take(jnp.arange(300), x.astype(jnp.int8), mode="clip"),
         "three cases": jax.lax.select_n(x % 3, a, b, a + b) if np.ndim(x) == 0 else a,
+        "half precision": ((x - y).astype(jnp.bfloat16) / y.astype(jnp.bfloat16)).astype(jnp.float32),
+        "logistic in half precision": jax.nn.sigmoid(b.astype(jnp.float16)).astype(jnp.float32),
+        "the greater of two bools": jax.lax.max(x > 3, y > 9),
         "a slice": jax.lax.dynamic_slice(jnp.arange(64.0), (x,), (2,)).max() if np.ndim(x) == 0 else None,
     }
 
@@ -585,8 +597,9 @@ def test_a_function_of_a_pair_is_in_the_kernel_what_it_is_outside(name: str) -> 
     x, y = jnp.asarray(X)[:, None], jnp.asarray(Y)[None]
     (found,) = function(lambda i, at: jnp.asarray(operands[i]).reshape(-1)[at], 0, 0, x, y)
     expected = jax.vmap(jax.vmap(lambda x, y: uses(x, y)[name], (None, 0)), (0, None))(X, Y)
-    # XLA divides in another way in a loop of its own.
-    np.testing.assert_allclose(np.broadcast_to(found, expected.shape), expected, rtol=1e-6)
+    # XLA divides in another way in a loop of its own, and rounds within a function in half precision.
+    rtol = 1e-3 if "half" in name else 1e-6
+    np.testing.assert_allclose(np.broadcast_to(found, expected.shape), expected, rtol=rtol)
 
 
 def test_every_primitive_of_the_kernel_is_one_of_triton() -> None:

@@ -40,6 +40,8 @@ from jaxmask.kernels.pallas_gpu.tile_lists import TileLists
 # The largest number of elements that an int32 can address.
 _ADDRESSABLE = 2**31 - 1
 _MOST_DIM = 256
+# The compute capabilities of GPUs with 99 KiB of shared memory for a block, where others have 163 and more.
+_LITTLE_MEMORY = 8.6, 8.9, 12.0, 12.1
 
 
 def lacks(call: Call) -> list[str]:
@@ -54,14 +56,11 @@ def lacks(call: Call) -> list[str]:
             f"the dim of {what} is {dim}, and it takes at most {_MOST_DIM}": dim > _MOST_DIM
             for what, dim in dims.items()
         },
-        "it is for NVIDIA's GPUs": (
-            call.platform == jax.default_backend() == "gpu" and "rocm" in jax.devices()[0].client.platform_version
-        ),
         "inside of a shard_map it needs check_vma=False": (
             isinstance(call.query, jax.Array) and bool(jax.typeof(call.query).manual_axis_type.varying)
         ),
     }
-    found = [limit for limit, holds in limits.items() if holds]
+    found = [limit for limit, holds in limits.items() if holds] + _card_lacks(call)
     if found:
         return found
     sizes = {"query": call.query.shape, "key": call.key.shape, "value": call.value.shape}
@@ -75,6 +74,21 @@ def lacks(call: Call) -> list[str]:
         for name, shape in sizes.items()
         if prod(shape) > _ADDRESSABLE
     ]
+
+
+def _card_lacks(call: Call) -> list[str]:
+    """What keeps the GPU that is here from it, where there is one."""
+    if not call.platform == jax.default_backend() == "gpu":
+        return []
+    card: Any = jax.devices()[0]
+    if "rocm" in card.client.platform_version:
+        return ["it is for NVIDIA's GPUs"]
+    capability, dim = float(card.compute_capability), max(call.query.shape[3], call.value.shape[3])
+    if capability < 8:
+        return [f"it needs a GPU of compute capability 8.0, and this one has {capability}"]
+    if capability in _LITTLE_MEMORY and dim * call.query.dtype.itemsize > 256:
+        return [f"its tiles of a dim of {dim} in {call.query.dtype} need more shared memory than this GPU has"]
+    return []
 
 
 def launches(call: Call) -> list[str]:

@@ -35,6 +35,8 @@ _REDUCE: dict[str, Callable[[Any, Any], Any]] = {
     "reduce_prod": jnp.multiply,
     "reduce_sum": jnp.add,
 }
+# Those of them that float32 would change.
+_OF_BITS = frozenset({"bitcast_convert_type", "convert_element_type", "nextafter", "select_n"})
 # What only moves values from one place to another.
 _MOVE: dict[str, Callable[..., Any]] = {
     "broadcast_in_dim": lambda x, *, shape, broadcast_dimensions, **_: np.broadcast_to(
@@ -221,6 +223,8 @@ class _Tracing:
                 self.add(name, place, _each(_chosen), [inputs[0], *answers], [result])
             return results
         results = [_Result(v.aval.shape, v.aval.dtype) for v in equation.outvars]
+        if any(jnp.issubdtype(result.dtype, jnp.complexfloating) for result in results):
+            raise UnsupportedError(f"a GPU kernel has no complex numbers{place}")
         if name == "select_n" and len(inputs) > 3:
             apply = _each(_chosen)
         elif name in ELEMENTWISE:
@@ -295,7 +299,15 @@ def _each(function: Callable[..., Any]) -> Callable[..., list[Any]]:
 
 
 def _bind(primitive: Any, params: dict[str, Any], *blocks: Any) -> Any:
-    return primitive.bind(*_broadcast(*blocks), **params)
+    """A primitive of blocks. Triton has not all of them for bools and in half precision."""
+    blocks = tuple(_broadcast(*blocks))
+    dtype = blocks[-1].dtype
+    if dtype == jnp.bool_ and primitive.name in ("max", "min"):
+        return (jnp.logical_or if primitive.name == "max" else jnp.logical_and)(*blocks)
+    if dtype not in (jnp.float16, jnp.bfloat16) or primitive.name in _OF_BITS:
+        return primitive.bind(*blocks, **params)
+    found = primitive.bind(*(block.astype(jnp.float32) for block in blocks), **params)
+    return found.astype(dtype) if jnp.issubdtype(found.dtype, jnp.floating) else found
 
 
 def _broadcast(*blocks: Any) -> list[Any]:
@@ -423,4 +435,4 @@ def _place(equation: Any) -> str:
 
 
 # Where code is that no user wrote.
-_LIBRARIES = (*(os.path.dirname(str(module.__file__)) + os.sep for module in (jax, np, checks)), "<")
+_LIBRARIES = (*(os.path.dirname(str(module.__file__)) + os.sep for module in (jax, np, checks)), "<frozen", "<string>")
