@@ -413,6 +413,13 @@ def test_an_export_for_a_gpu_holds_the_kernel() -> None:
     assert jax.export.deserialize(exported.serialize()).platforms == ("cuda",)
 
 
+def test_an_export_for_several_platforms_at_once_is_refused() -> None:
+    forced = partial(jaxmask.attention, mask=Causal() | Prefix(5), implementation="pallas")
+    x = jax.ShapeDtypeStruct((1, 200, 2, 64), jnp.bfloat16)
+    with as_on_a_gpu(), pytest.raises(ValueError, match="Only interpret mode is supported on CPU"):
+        jax.export.export(jax.jit(forced), platforms=("cpu", "cuda"))(x, x, x)
+
+
 # What it cannot do.
 
 
