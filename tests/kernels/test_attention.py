@@ -607,7 +607,7 @@ def test_an_array_of_numpy_is_explained_as_one_of_jax_for_the_program_has_it_as_
     assert by_numpy == by_jax
 
 
-def test_a_mask_of_many_heads_is_explained_by_a_part_of_its_tiles_and_none_of_its_pairs() -> None:
+def test_a_mask_of_many_heads_is_explained_by_a_part_of_its_tiles_and_a_pair_of_each_head() -> None:
     asked: dict[str, int] = {"pairs": 0, "tiles": 0}
 
     class Counted(Mask):
@@ -627,8 +627,9 @@ def test_a_mask_of_many_heads_is_explained_by_a_part_of_its_tiles_and_none_of_it
     x = jax.ShapeDtypeStruct((1, length, heads, 64), jnp.float32)
     mask = PerHead([Causal() & (Counted(64 * head + 64) | Prefix(head)) for head in range(heads)])
     found = jaxmask.explain(x, x, x, mask)
-    # Splash, traced for this mask, would ask for all pairs of the tiles that are PARTIAL. All tiles are 2**27.
-    assert asked["pairs"] == 0
+    # Splash, traced for this mask, would ask for all pairs of the tiles that are PARTIAL; our kernel for GPU traces it
+    # for one. All tiles are 2**27.
+    assert asked["pairs"] <= heads
     assert asked["tiles"] < 2**23
     # The windows alone, of 128 heads: their area, and half a tile at either end.
     read = sum((64 * head + 64 + 128) * (length - 32 * head) for head in range(heads)) / (heads * length**2)
