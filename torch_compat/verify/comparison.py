@@ -76,7 +76,7 @@ def compare_operation(operation: str, dtype: str, oracles: Sequence[str], cases:
                     row.known += 1
                     continue
                 if isinstance(case, AttentionCall):
-                    difference = attention.compare(row.oracle, case, ours)
+                    difference = attention.compare(row.oracle, case, ours, operation)
                 else:
                     difference = compare(ours, call_torch(row.oracle, case))
                 row.cases += 1

@@ -251,7 +251,7 @@ def _backward(program: Program, structure: Any, saved: Any, cotangents: Any) -> 
     )(lists.by_key, query, key, value, operands, dout, residuals, delta)
     dsinks = None
     if sinks is not None:
-        at_sink = jnp.exp2((sinks[None, :, None] - residuals.highest) * LOG2E - residuals.log_total)
+        at_sink = jnp.exp(sinks[None, :, None] - residuals.highest) * jnp.exp2(-residuals.log_total)
         dsinks = -(jnp.where(residuals.highest < jnp.inf, at_sink, 0) * delta).sum((0, 2))
     doperands = jax.tree.map(_no_gradient, operands)
     if operands.bias:
