@@ -65,6 +65,11 @@ def _load(ref: Any, size: int, dim: int, is_there: Any) -> Array:
     return plgpu.load(ref, mask=jnp.broadcast_to(mask, (size, columns)), other=0.0)
 
 
+def _load_from(ref: Any, start: Any, size: int, dim: int, is_there: Any) -> Array:
+    """So many rows of an array ``[length, dim]``, from one on."""
+    return _load(ref.at[pl.ds(start, size), slice(None)], size, dim, is_there)
+
+
 def _load_rows(ref: Any, is_there: Any, other: float) -> Array:
     """A number for each row."""
     return plgpu.load(ref, mask=is_there, other=None if is_there is None else other)
@@ -160,9 +165,9 @@ def forward_kernel(
         keys, is_key = _rows(start, block.keys, program.key_length)
         # Only the last tile may have keys that are not there, and it is never FULL.
         is_key = is_key if is_masked else None
-        k = _load(k_ref.at[pl.ds(start, block.keys), slice(None)], block.keys, program.dim, is_key)
+        k = _load_from(k_ref, start, block.keys, program.dim, is_key)
         pair = _ask(program, operands, is_masked, b, h, query, keys[None])
-        v, poison = _load(v_ref.at[pl.ds(start, block.keys), slice(None)], block.keys, program.dim_v, is_key), None
+        v, poison = _load_from(v_ref, start, block.keys, program.dim_v, is_key), None
         if is_masked:
             poison = _not_finite(v)
             v = _without(v, poison)
@@ -225,8 +230,8 @@ def dq_kernel(
         start = order_ref[j] * block.keys
         keys, is_key = _rows(start, block.keys, program.key_length)
         is_key = is_key if is_masked else None
-        k = _load(k_ref.at[pl.ds(start, block.keys), slice(None)], block.keys, program.dim, is_key)
-        v = _load(v_ref.at[pl.ds(start, block.keys), slice(None)], block.keys, program.dim_v, is_key)
+        k = _load_from(k_ref, start, block.keys, program.dim, is_key)
+        v = _load_from(v_ref, start, block.keys, program.dim_v, is_key)
         pair = _ask(program, operands, is_masked, b, h, rows[:, None], keys[None])
         s, slope = _scores(program, plgpu.dot(q, k.T), pair, None if is_key is None else is_key[None])
         ds, _ = _dscores(program, s, slope, pair, plgpu.dot(dout, v.T), (highest, log_total, delta))

@@ -9,6 +9,7 @@ import functools
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Any, NamedTuple
 
 import jax
@@ -27,6 +28,8 @@ _NAMES = """
     shift_right_logical sign sin sinh sqrt square sub tan tanh xor
 """
 ELEMENTWISE = frozenset(_NAMES.split())
+# Those of them that float32 would change.
+_OF_BITS = frozenset({"bitcast_convert_type", "convert_element_type", "nextafter", "select_n"})
 _REDUCE: dict[str, Callable[[Any, Any], Any]] = {
     "reduce_and": jnp.bitwise_and,
     "reduce_or": jnp.bitwise_or,
@@ -35,8 +38,6 @@ _REDUCE: dict[str, Callable[[Any, Any], Any]] = {
     "reduce_prod": jnp.multiply,
     "reduce_sum": jnp.add,
 }
-# Those of them that float32 would change.
-_OF_BITS = frozenset({"bitcast_convert_type", "convert_element_type", "nextafter", "select_n"})
 # What only moves values from one place to another.
 _MOVE: dict[str, Callable[..., Any]] = {
     "broadcast_in_dim": lambda x, *, shape, broadcast_dimensions, **_: np.broadcast_to(
@@ -158,8 +159,8 @@ def trace(function: Callable[..., tuple[Any, ...]]) -> tuple[Pairwise, list[Any]
     tracing = _Tracing()
     outputs = [tracing.known(x) for x in tracing.run(closed.jaxpr, closed.consts, indices)]
     for output in outputs:
-        if np.prod(output.shape if isinstance(output, _Result | Operand) else np.shape(output), dtype=int) != 1:
-            raise UnsupportedError(f"for a single pair it must give a single value, not shape {output.shape}")
+        if prod(np.shape(output)) != 1:
+            raise UnsupportedError(f"for a single pair it must give a single value, not shape {np.shape(output)}")
     return Pairwise(indices, tracing.steps, outputs), tracing.operands
 
 
@@ -213,16 +214,15 @@ class _Tracing:
             inputs = [self._before(inputs[0]), *inputs[1:]]
         depends = any(isinstance(x, _Result) and x not in self._constants for x in inputs)
         are_constants = bool(inputs) and not any(isinstance(x, jax.Array) or np.ndim(x) for x in inputs)
-        is_many = any(np.prod(v.aval.shape, dtype=int) > _MOST_VALUES for v in equation.outvars)
+        is_many = any(prod(v.aval.shape) > _MOST_VALUES for v in equation.outvars)
         if not depends and (is_many or not are_constants):
             return _bound(equation, [self._before(x) for x in inputs])
+        results = [_Result(v.aval.shape, v.aval.dtype) for v in equation.outvars]
         if name == "cond":
             branches = [self.run(branch.jaxpr, branch.consts, inputs[1:], place) for branch in params["branches"]]
-            results = [_Result(v.aval.shape, v.aval.dtype) for v in equation.outvars]
             for result, *answers in zip(results, *branches, strict=True):
                 self.add(name, place, _each(_chosen), [inputs[0], *answers], [result])
             return results
-        results = [_Result(v.aval.shape, v.aval.dtype) for v in equation.outvars]
         if any(jnp.issubdtype(result.dtype, jnp.complexfloating) for result in results):
             raise UnsupportedError(f"a GPU kernel has no complex numbers{place}")
         if name == "select_n" and len(inputs) > 3:
@@ -257,11 +257,10 @@ class _Tracing:
         """A step; ``reads_first`` where it reads elements of its first argument, and does not take it as a whole."""
         arguments = [self.known(x) for x in inputs]
         for x in (*arguments[reads_first:], *results):
-            shape = x.shape if isinstance(x, _Result | Operand) else np.shape(x)
-            if np.prod(shape, dtype=int) > _MOST_VALUES:
+            if prod(np.shape(x)) > _MOST_VALUES:
                 raise UnsupportedError(
                     f"a GPU kernel reads single elements of an array, and {name!r} uses "
-                    f"{list(shape)} of them at once{place}"
+                    f"{list(np.shape(x))} of them at once{place}"
                 )
         self.steps.append(_Step(apply, arguments, results))
 
@@ -326,7 +325,7 @@ def _reduce(function: Callable[[Any, Any], Any], values: np.ndarray, axes: tuple
     kept = [axis for axis in range(values.ndim) if axis not in axes]
     values = values.transpose(*kept, *axes)
     shape = values.shape[: len(kept)]
-    rows = values.reshape(-1, int(np.prod(values.shape[len(kept) :])))
+    rows = values.reshape(-1, prod(values.shape[len(kept) :]))
     return _array([functools.reduce(lambda a, b: function(*_broadcast(a, b)), row) for row in rows], shape)
 
 
@@ -339,7 +338,7 @@ def _read(read: Read, operand: Operand, at: Sequence[Any]) -> Any:
 
 
 def _strides(shape: tuple[int, ...]) -> list[int]:
-    return [int(np.prod(shape[axis + 1 :], dtype=int)) for axis in range(len(shape))]
+    return [prod(shape[axis + 1 :]) for axis in range(len(shape))]
 
 
 def _wide(start: Any) -> Any:
