@@ -29,8 +29,9 @@ from jaxmask import (
     Window,
     explanation,
 )
-from jaxmask.kernels import blocked, fused
+from jaxmask.kernels import blocked, fused, pallas_gpu
 from jaxmask.kernels.call import checked_call
+from jaxmask.kernels.pallas_gpu import Block, Blocks
 from tests.helpers.strategies import Described, Problem, described, problems
 from tests.oracles.attention import assert_close, defined
 
@@ -46,6 +47,17 @@ by_blocks = partial(blocked.attention, block=BLOCK)
 by_xla = partial(jaxmask.attention, implementation="xla")
 OURS: dict[str, Attend] = {"blocked": by_blocks, "xla": by_xla}
 ours = pytest.mark.parametrize("attend", OURS.values(), ids=OURS)
+
+
+def by_pallas(query: Any, key: Any, value: Any, mask: Mask | None = None, **arguments: Any) -> Any:
+    """By the kernel for GPU, interpreted, with several tiles of queries and of keys, the last of each ragged."""
+    call, tile = checked_call(query, key, value, mask, **arguments), Block(16, 16)
+    assert pallas_gpu.lacks(call) == []
+    return pallas_gpu.attend(call, Blocks(tile, tile, tile))
+
+
+# Interpreted, the kernel for GPU takes long to compile: it has tests of its own in test_pallas.py, and a few of these.
+ours_and_pallas = pytest.mark.parametrize("attend", [*OURS.values(), by_pallas], ids=[*OURS, "pallas"])
 
 # What rounding may add up to, relative to the scale of each array.
 TOLERANCE = {"float64": 1e-14, "float32": 2e-6, "bfloat16": 2e-2, "float16": 2e-3}
@@ -256,7 +268,7 @@ def test_arguments_of_others_say_the_mask_of_fewer_queries_from_the_first_key_on
 # Soft cap, bias, sinks.
 
 
-@ours
+@ours_and_pallas
 def test_the_cap_comes_after_the_scale_and_before_the_bias(attend: Attend) -> None:
     arrays, cotangent = arrays_of()
     arrays["bias"] = 3 * random(4, HEADS, QUERIES, KEYS)
@@ -296,7 +308,7 @@ def with_alibi(attend: Attend, query: Any, key: Any, value: Any, slopes: Any) ->
     return attend(query, key, value, SlidingWindow(12), bias=bias, offset=OFFSET)
 
 
-@ours
+@ours_and_pallas
 def test_a_bias_of_positions_has_a_gradient_to_what_it_closes_over(attend: Attend) -> None:
     arrays, cotangent = arrays_of()
     bias = np.asarray(SLOPES, np.float64)[:, None, None] * DISTANCES
@@ -393,7 +405,7 @@ def test_splash_takes_sinks() -> None:
 # What the scores are like.
 
 
-@ours
+@ours_and_pallas
 @pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16, jnp.float32], ids=lambda dtype: dtype.__name__)
 def test_a_row_of_the_lowest_scores_is_the_mean_as_in_jax_nn(attend: Attend, dtype: Any) -> None:
     arrays, cotangent = arrays_of(KEYS, KEYS, dim_v=DIM, dtype=dtype)
@@ -407,7 +419,7 @@ def test_a_row_of_the_lowest_scores_is_the_mean_as_in_jax_nn(attend: Attend, dty
         np.testing.assert_allclose(x, y, rtol=0, atol=4 * float(jnp.finfo(dtype).eps) * np.abs(y).max())
 
 
-@ours
+@ours_and_pallas
 @pytest.mark.parametrize("poison", [np.nan, np.inf])
 @pytest.mark.parametrize("logits_soft_cap", [None, 2.0])
 def test_keys_that_no_query_may_attend_to_cannot_poison(

@@ -1,4 +1,7 @@
-"""The kernel for GPU, interpreted: output and gradients are what they are defined to be, for every argument."""
+"""The kernel for GPU, interpreted: output and gradients are what they are defined to be, for every argument.
+
+What it shares with the other kernels of ours, word for word, is in ``test_attention.py``.
+"""
 
 import re
 from collections.abc import Generator
@@ -33,7 +36,7 @@ from jaxmask import (
 )
 from jaxmask.kernels import pallas_gpu
 from jaxmask.kernels.call import checked_call
-from jaxmask.kernels.pallas_gpu import Block, Blocks, pairwise
+from jaxmask.kernels.pallas_gpu import pairwise
 from tests.kernels.test_attention import (
     BATCH,
     DISTANCES,
@@ -51,21 +54,12 @@ from tests.kernels.test_attention import (
     called,
     quickly,
     random,
-    with_alibi,
     with_gradients,
     with_lse,
     written_out,
 )
+from tests.kernels.test_attention import by_pallas as attend
 from tests.oracles.attention import assert_close, defined
-
-# Several tiles of queries and of keys, and the last of each is ragged.
-TILE = Block(16, 16)
-
-
-def attend(query: Any, key: Any, value: Any, mask: Mask | None = None, **arguments: Any) -> Any:
-    call = checked_call(query, key, value, mask, **arguments)
-    assert pallas_gpu.lacks(call) == []
-    return pallas_gpu.attend(call, Blocks(TILE, TILE, TILE))
 
 
 @settings(max_examples=6)
@@ -83,15 +77,6 @@ def test_output_and_gradients_are_defined_for_any_mask_in_half_precision(case: C
 
 
 # What else attention takes.
-
-
-def test_the_cap_comes_after_the_scale_and_before_the_bias() -> None:
-    arrays, cotangent = arrays_of()
-    arrays["bias"] = 3 * random(4, 1, HEADS, QUERIES, KEYS)
-    how = {"scale": 0.9, "logits_soft_cap": 1.5}
-    expected = defined(written_out(MASKS["heads"]), cotangent, **arrays, **how)
-    found = called(attend, arrays, cotangent, mask=MASKS["heads"], offset=OFFSET, **how)
-    assert_close(found, expected, TOLERANCE["float32"])
 
 
 def test_a_scale_that_turns_the_order_of_scores_around() -> None:
@@ -129,17 +114,6 @@ def test_the_log_sum_exp_of_the_lowest_scores_is_finite() -> None:
 def test_the_lists_of_a_long_static_mask_are_no_constants_of_the_program() -> None:
     x = jax.ShapeDtypeStruct((1, 32_768, 1, 64), jnp.bfloat16)
     assert len(lowered(partial(jaxmask.attention, mask=Causal(), implementation="pallas"), x, x, x)) < 500_000
-
-
-def test_a_bias_of_positions_has_a_gradient_to_what_it_closes_over() -> None:
-    arrays, cotangent = arrays_of()
-    bias = np.asarray(SLOPES, np.float64)[:, None, None] * DISTANCES
-    whole = np.broadcast_to(bias, (BATCH, HEADS, QUERIES, KEYS))
-    expected, scales = defined(written_out(SlidingWindow(12)), cotangent, **arrays, bias=whole)
-    expected["slopes"] = (expected["bias"] * DISTANCES).sum((0, 2, 3))
-    scales["slopes"] = scales["bias"] * QUERIES * 12
-    found = called(partial(with_alibi, attend), {**arrays, "slopes": SLOPES}, cotangent)
-    assert_close(found, (expected, scales), TOLERANCE["float32"])
 
 
 @pytest.mark.parametrize("name", ["packed", "heads"])
@@ -199,33 +173,6 @@ def test_few_queries_divide_a_long_cache_over_programs(queries: int, kv_heads: i
 
 
 # What scores and keys are like.
-
-
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32], ids=lambda dtype: dtype.__name__)
-def test_a_row_of_the_lowest_scores_is_the_mean(dtype: Any) -> None:
-    arrays, cotangent = arrays_of(KEYS, KEYS, dim_v=8, dtype=dtype)
-    lowest = jnp.finfo(dtype).min
-    bias = jnp.where((np.arange(KEYS) % 3 == 0) & (np.arange(KEYS)[:, None] != 5), 0, lowest).astype(dtype)[None, None]
-    found = called(attend, arrays, cotangent, bias=bias, mask=Full())
-    expected = with_gradients(lambda arrays: jax.nn.dot_product_attention(**arrays, bias=bias), arrays, cotangent)
-    for name, x in found.items():
-        x, y = (np.asarray(x, np.float32) for x in (x, expected[name]))
-        np.testing.assert_allclose(x, y, rtol=0, atol=4 * float(jnp.finfo(dtype).eps) * np.abs(y).max())
-
-
-@pytest.mark.parametrize("poison", [np.nan, np.inf])
-def test_keys_that_no_query_may_attend_to_cannot_poison(poison: float) -> None:
-    arrays, cotangent = arrays_of()
-    mask = Causal() & Padding(jnp.asarray(VALID))
-    found = []
-    for content in (0, poison):
-        with_padding = {
-            name: array if name == "query" else jnp.where(VALID[:, :, None, None], array, content)
-            for name, array in arrays.items()
-        }
-        found.append(called(attend, with_padding, cotangent, mask=mask, offset=OFFSET, logits_soft_cap=2.0))
-    for name, clean in found[0].items():
-        np.testing.assert_array_equal(clean, found[1][name])
 
 
 def test_a_key_that_is_nan_shows_in_the_queries_that_attend_to_it() -> None:
