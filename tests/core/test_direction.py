@@ -1,4 +1,4 @@
-"""Imports go one way: from description to interpretation to backend, as the contributor's guide has it."""
+"""Imports go one way: from description to interpretation to backend, as CONTRIBUTING.md has it."""
 
 import ast
 import graphlib
@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-GUIDE = (ROOT / "docs/contributing.md").read_text(encoding="utf-8")
+GUIDE = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
 ROOMS = re.findall(r"^\| `(\w+)` \|", GUIDE, re.MULTILINE)
 FILES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
