@@ -5,10 +5,10 @@ The gemma example of Flax makes its window from the last two axes of the attenti
 
     sliding_mask = triu(ones, -sliding_window_size + 1) * tril(ones, sliding_window_size - 1)
 
-For a whole text the mask is ``[batch, length, length]``, and this is the window. For a step of decoding it is
-``[batch, 1, cache_size]`` (``_compute_attention_masks`` in ``sampler.py``): the one row is row 0, wherever the token is, and
-its window are the first keys of the cache. So from the token after the first window on, decoding attends to other keys
-than the whole text does. With a description the position is said, as the offset, and both are the same.
+For a whole text the mask is ``[batch, length, length]``, and this is the window. For a step of decoding it is ``[batch,
+1, cache_size]`` (``_compute_attention_masks`` in ``sampler.py``): the one row is row 0, wherever the token is, and its
+window are the first keys of the cache. So from the token after the first window on, decoding attends to other keys than
+the whole text does. With a description the position is said, as the offset, and both are the same.
 
     python examples/gemma_window.py
 """
@@ -51,22 +51,25 @@ def differences(window: int, length: int) -> tuple[jax.Array, jax.Array]:
             attention(query, key, value, SlidingWindow(window), offset=t),
         )
 
-    steps = [step(jnp.int32(t), query[:, t : t + 1]) for t in range(length)]
-    return tuple(
-        jnp.abs(jnp.concatenate(one_by_one, 1) - whole).max((0, 2, 3))
-        for one_by_one, whole in zip(zip(*steps, strict=True), (theirs, ours), strict=True)
-    )
+    by_theirs, by_ours = zip(*(step(jnp.int32(t), query[:, t : t + 1]) for t in range(length)), strict=True)
+
+    def apart(steps: tuple[jax.Array, ...], whole: jax.Array) -> jax.Array:
+        return jnp.abs(jnp.concatenate(steps, 1) - whole).max((0, 2, 3))
+
+    return apart(by_theirs, theirs), apart(by_ours, ours)
 
 
 def main() -> None:
     """Print the differences, and the first token at which they are more than rounding."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--window", type=int, default=8)
     parser.add_argument("--length", type=int, default=16)
     arguments = parser.parse_args()
     theirs, ours = differences(arguments.window, arguments.length)
     console = Console(width=80)
-    table = Table("token", "the example", "jaxmask", title=f"decoding against the whole text, window {arguments.window}")
+    table = Table(
+        "token", "the example", "jaxmask", title=f"decoding against the whole text, window {arguments.window}"
+    )
     for t, (one, another) in enumerate(zip(theirs, ours, strict=True)):
         table.add_row(str(t + 1), f"{one:.0e}", f"{another:.0e}", style="red" if one > 1e-4 else "")
     console.print(table)

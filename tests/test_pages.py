@@ -1,5 +1,7 @@
 """What the pages of words show is what happens: their sessions, their links, their tables of keywords."""
 
+# pyright: reportMissingTypeStubs=false
+
 import doctest
 import inspect
 import re
@@ -37,7 +39,9 @@ CALLS: dict[str, Callable[..., Any]] = {
     "create_causal_mask": create_causal_mask,
     "MultiHeadAttention": linen.dot_product_attention,
 }
-KEYWORDS = {"SDPA": [keyword.split("=")[0].strip() for keyword in SDPA]} | {name: list(inspect.signature(call).parameters) for name, call in CALLS.items()}
+KEYWORDS = {"SDPA": [keyword.split("=")[0].strip() for keyword in SDPA]} | {
+    name: list(inspect.signature(call).parameters) for name, call in CALLS.items()
+}
 
 
 @pytest.mark.parametrize("page", [page for page, session in SESSIONS.items() if session])
@@ -67,3 +71,11 @@ def test_every_keyword_has_a_row_in_the_page_on_porting(name: str) -> None:
     rows = re.findall(r"^\| (.*?) \|", PAGES["docs/howto/port.md"], re.MULTILINE)
     named = set(re.findall(r"`(\w+)`", " ".join(rows)))
     assert [keyword for keyword in KEYWORDS[name] if keyword not in named] == []
+
+
+def test_every_test_that_security_names_is_there() -> None:
+    text = PAGES["SECURITY.md"]
+    files = "".join((ROOT / path).read_text(encoding="utf-8") for path in re.findall(r"`(tests/[\w/]+\.py)", text))
+    named = re.findall(r"\btest_\w+(?!\w*\.py)\b", re.sub(r"tests/[\w/]+\.py", "", text))
+    assert len(named) >= 8
+    assert [name for name in named if f"def {name}(" not in files] == []
