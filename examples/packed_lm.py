@@ -109,7 +109,7 @@ def main() -> None:
     console.print(f"loss: {found[0]:.2f} at first, {found[-1]:.2f} after {len(found)} steps, traced {traces} time(s)")
     tokens, ids = pack(documents(arguments.length), arguments.length)
     row = ids[:100].max(1).argmax()  # with many documents
-    total, count = losses(model, tokens[row : row + 1], ids[row : row + 1])
+    total, count = nnx.jit(losses)(model, tokens[row : row + 1], ids[row : row + 1])
     difference = abs(float(total / count) - one_by_one(model, tokens[row], ids[row]))
     console.print(f"{ids[row].max() + 1} documents, packed and one by one: the losses differ by {difference:.0e}")
     if arguments.plot:
