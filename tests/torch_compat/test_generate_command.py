@@ -1,4 +1,4 @@
-"""``jaxmask generate``, by a tiny random model whose tokens are bytes. The README runs the real one."""
+"""``jaxmask generate``, by a tiny random model whose tokens are bytes. ``examples/smollm2.py`` runs the real one."""
 
 import re
 import sys
