@@ -19,7 +19,7 @@ LATEST_TESTS := $(addprefix tests/core/test_,$(addsuffix .py,description directi
 # What the fast tests leave to `make test`.
 ELSEWHERE := jit or vmap or shard or gradient or flex or published or deep or import or every_mode
 
-.PHONY: verify test test-fast test-latest test-tpu test-gpu bench lint notebooks dist lock clean
+.PHONY: verify test test-fast test-latest test-tpu test-gpu test-docs bench lint notebooks docs dist lock clean
 
 verify: .venv/.dev .venv/$(OLDER)
 	$(BIN)/jaxmask verify
@@ -44,6 +44,10 @@ test-tpu: .venv/.tpu
 test-gpu: .venv-gpu/.test
 	$(GPU)/pytest -n 2 --dist loadgroup --hypothesis-profile=fast tests/gpu
 
+# The site in a browser: Chromium, as Debian has it.
+test-docs: docs
+	$(BIN)/pytest --hypothesis-profile=fast tests/site
+
 bench: .venv/.dev .venv/$(OLDER)
 	PYTHONPATH=.venv/$(OLDER) $(BIN)/python benchmarks/masks.py
 	$(BIN)/python benchmarks/tiles.py
@@ -59,6 +63,9 @@ lint: .venv/.dev
 
 notebooks: .venv/.dev
 	$(BIN)/python notebooks/execute.py
+
+docs: .venv/.dev
+	$(BIN)/sphinx-build -q -W --keep-going docs docs/_build/html
 
 dist: .venv/.dev
 	$(BIN)/python -m build
@@ -106,4 +113,4 @@ lock:
 	rm -rf .venv-lock
 
 clean:
-	rm -rf .venv .venv-latest .venv-gpu .venv-lock dist .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-latest .venv-gpu .venv-lock dist docs/_build docs/notebooks .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,119 @@
+"""Signatures as their authors wrote them: shapes and aliases by name, not what Python makes of them.
+
+Python shows ``Bool[Array | np.ndarray, "batch kv"]`` as the union of two classes with long names. The source does not.
+"""
+
+import ast
+import inspect
+import textwrap
+from dataclasses import is_dataclass
+from typing import Any
+
+from docutils.nodes import Element
+from sphinx.addnodes import pending_xref
+from sphinx.application import Sphinx
+from sphinx.environment import BuildEnvironment
+
+# Where names of annotations are described that are not spelled out there.
+LONG_NAMES = {
+    "Array": "jax.Array",
+    "Any": "typing.Any",
+    "Callable": "collections.abc.Callable",
+    "Iterable": "collections.abc.Iterable",
+    "Iterator": "collections.abc.Iterator",
+    "Literal": "typing.Literal",
+    "Mapping": "collections.abc.Mapping",
+    "NamedSharding": "jax.sharding.NamedSharding",
+    "PartitionSpec": "jax.sharding.PartitionSpec",
+    "Path": "pathlib.Path",
+    "Sequence": "collections.abc.Sequence",
+    "SupportsIndex": "typing.SupportsIndex",
+    "np.ndarray": "numpy.ndarray",
+    "nnx.Module": "flax.nnx.Module",
+    "nnx.Rngs": "flax.nnx.Rngs",
+}
+
+
+def _tree(what: Any) -> Any:
+    return ast.parse(textwrap.dedent(inspect.getsource(what))).body[0]
+
+
+def _fields(kind: type) -> str:
+    """The fields of a dataclass, its bases' first, as arguments."""
+    found: dict[str, str] = {}
+    for base in reversed(kind.__mro__):
+        if base.__dict__.get("__annotations__") and is_dataclass(base):
+            for line in _tree(base).body:
+                if isinstance(line, ast.AnnAssign) and not ast.unparse(line.annotation).startswith("ClassVar"):
+                    name, default = ast.unparse(line.target), line.value
+                    found[name] = f"{name}: {ast.unparse(line.annotation)}"
+                    found[name] += f" = {_default(default)}" if default is not None else ""
+    return f"({', '.join(found.values())})"
+
+
+def _default(value: ast.expr) -> str:
+    """A default, the one inside of ``field(default=...)`` where it is there."""
+    if isinstance(value, ast.Call) and ast.unparse(value.func) in ("field", "dataclasses.field"):
+        return next((ast.unparse(word.value) for word in value.keywords if word.arg == "default"), "...")
+    return ast.unparse(value)
+
+
+def as_written(
+    app: Sphinx, what: str, name: str, found: Any, options: Any, signature: str | None, returned: str | None
+) -> tuple[str | None, str | None] | None:
+    """The signature in the source, for the event ``autodoc-process-signature``."""
+    if signature is None:
+        return None
+    is_method = what == "method"
+    if what == "class":
+        if "__init__" not in found.__dict__ or is_dataclass(found):
+            return (_fields(found) if is_dataclass(found) else signature), None
+        found, is_method = found.__init__, True
+    found = inspect.unwrap(getattr(found, "__func__", found))
+    if not inspect.isfunction(found):
+        return None
+    tree = _tree(found)
+    arguments = tree.args
+    decorators = {ast.unparse(decorator) for decorator in tree.decorator_list}
+    if (is_method and "staticmethod" not in decorators) or "classmethod" in decorators:
+        (arguments.posonlyargs or arguments.args).pop(0)
+    returns = ast.unparse(tree.returns) if tree.returns is not None and what != "class" else None
+    return f"({ast.unparse(arguments)})", returns
+
+
+def by_short_name(app: Sphinx, env: BuildEnvironment, node: pending_xref, contents: Element) -> Element | None:
+    """What a short name refers to: an object of ours, if only one has it; else one of another project."""
+    if node.get("refdomain") != "py":
+        return None
+    target, domain = node["reftarget"], env.domains.python_domain
+    if target in LONG_NAMES:
+        from sphinx.ext.intersphinx import resolve_reference_any_inventory
+
+        node["reftarget"] = LONG_NAMES[target]
+        return resolve_reference_any_inventory(env, False, node, contents)
+    last = target.lstrip(".~")
+    names = {name for name, entry in domain.objects.items() if f".{name}".endswith(f".{last}") and not entry.aliased}
+    if len(names) != 1:
+        # Shapes, dtypes, and aliases that the text beside them explains, are no pages.
+        return contents if node.get("reftype") == "class" and not node.get("refexplicit") and _is_annotation(node) else None
+    name = names.pop()
+    found = domain.objects[name]
+    from sphinx.util.nodes import make_refnode
+
+    return make_refnode(app.builder, node["refdoc"], found.docname, found.node_id, contents, name)
+
+
+def _is_annotation(node: pending_xref) -> bool:
+    from sphinx.addnodes import desc_signature
+
+    parent = node.parent
+    while parent is not None and not isinstance(parent, desc_signature):
+        parent = parent.parent
+    return parent is not None
+
+
+def setup(app: Sphinx) -> dict[str, bool]:
+    """An extension of Sphinx."""
+    app.connect("autodoc-process-signature", as_written)
+    app.connect("missing-reference", by_short_name, priority=100)
+    return {"parallel_read_safe": True, "parallel_write_safe": True}
