@@ -65,7 +65,7 @@ notebooks: .venv/.dev
 	$(BIN)/python notebooks/execute.py
 
 docs: .venv/.dev
-	$(BIN)/sphinx-build -q -W --keep-going docs docs/_build/html
+	$(BIN)/sphinx-build --quiet --fail-on-warning --keep-going docs docs/_build/html
 
 dist: .venv/.dev
 	$(BIN)/python -m build

@@ -39,7 +39,7 @@ myst_enable_extensions = ["colon_fence", "deflist"]
 myst_heading_anchors = 4
 
 autodoc_member_order = "bysource"
-autodoc_preserve_defaults = True
+autodoc_typehints = "none"  # signatures.py writes them, and so that of the function itself in place of its overloads
 maximum_signature_line_length = 88
 napoleon_use_rtype = False
 napoleon_use_ivar = True
@@ -52,6 +52,7 @@ intersphinx_mapping = inventories.write(DOCS / "_build" / "inventories")
 
 html_theme = "furo"
 html_title = "jaxmask"
+html_favicon = "_static/favicon.svg"
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
 html_show_sourcelink = False

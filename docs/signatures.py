@@ -10,9 +10,11 @@ from dataclasses import is_dataclass
 from typing import Any
 
 from docutils.nodes import Element
-from sphinx.addnodes import pending_xref
+from sphinx.addnodes import desc_signature, pending_xref
 from sphinx.application import Sphinx
 from sphinx.environment import BuildEnvironment
+from sphinx.ext.intersphinx import resolve_reference_any_inventory
+from sphinx.util.nodes import make_refnode
 
 # Where names of annotations are described that are not spelled out there.
 LONG_NAMES = {
@@ -87,33 +89,34 @@ def by_short_name(app: Sphinx, env: BuildEnvironment, node: pending_xref, conten
         return None
     target, domain = node["reftarget"], env.domains.python_domain
     if target in LONG_NAMES:
-        from sphinx.ext.intersphinx import resolve_reference_any_inventory
-
         node["reftarget"] = LONG_NAMES[target]
         return resolve_reference_any_inventory(env, False, node, contents)
-    last = target.lstrip(".~")
-    names = {name for name, entry in domain.objects.items() if f".{name}".endswith(f".{last}") and not entry.aliased}
-    if len(names) != 1:
-        # Shapes, dtypes, and aliases that the text beside them explains, are no pages.
-        return contents if node.get("reftype") == "class" and not node.get("refexplicit") and _is_annotation(node) else None
-    name = names.pop()
-    found = domain.objects[name]
-    from sphinx.util.nodes import make_refnode
+    kinds = domain.objtypes_for_role(node["reftype"]) or []
+    found = {
+        name: entry
+        for name, entry in domain.objects.items()
+        if not entry.aliased and entry.objtype in kinds and f".{name}".endswith(f".{target}")
+    }
+    if len(found) == 1:
+        [(name, entry)] = found.items()
+        return make_refnode(app.builder, node["refdoc"], entry.docname, entry.node_id, contents, name)
+    return None
 
-    return make_refnode(app.builder, node["refdoc"], found.docname, found.node_id, contents, name)
+
+def without_link(app: Sphinx, env: BuildEnvironment, node: pending_xref, contents: Element) -> Element | None:
+    """Shapes, dtypes, and aliases that the text beside them explains, have no page."""
+    return contents if _is_in_signature(node) else None
 
 
-def _is_annotation(node: pending_xref) -> bool:
-    from sphinx.addnodes import desc_signature
-
+def _is_in_signature(node: Element) -> bool:
     parent = node.parent
-    while parent is not None and not isinstance(parent, desc_signature):
-        parent = parent.parent
-    return parent is not None
+    return parent is not None and (isinstance(parent, desc_signature) or _is_in_signature(parent))
 
 
 def setup(app: Sphinx) -> dict[str, bool]:
     """An extension of Sphinx."""
     app.connect("autodoc-process-signature", as_written)
-    app.connect("missing-reference", by_short_name, priority=100)
+    # Before and after intersphinx, whose priority is 500.
+    app.connect("missing-reference", by_short_name, priority=400)
+    app.connect("missing-reference", without_link, priority=600)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -101,7 +101,7 @@ class TileMap:
 
     @property
     def kv_indices(self) -> Int[Array | np.ndarray, "batch heads q_tiles kv_tiles"]:
-        """For each tile of queries, the tiles of keys: those that are not EMPTY first, each part in order."""
+        """For each tile of queries, the tiles of keys, those that are not EMPTY first, each part in order."""
         return in_order(self.states == EMPTY)
 
     @property
@@ -111,7 +111,7 @@ class TileMap:
 
     @property
     def q_indices(self) -> Int[Array | np.ndarray, "batch heads kv_tiles q_tiles"]:
-        """For each tile of keys, the tiles of queries: those that are not EMPTY first, each part in order."""
+        """For each tile of keys, the tiles of queries, those that are not EMPTY first, each part in order."""
         return in_order((self.states == EMPTY).swapaxes(2, 3))
 
 

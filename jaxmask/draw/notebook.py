@@ -34,7 +34,7 @@ def html(mask: Mask, *, tokens: Sequence[str] | None = None) -> str:
             ``IPython.display.HTML``.
 
     Raises:
-        TypeError, ValueError: only where tokens are given: as :func:`jaxmask.draw.show`.
+        TypeError, ValueError: only where tokens are given: as :func:`jaxmask.show`.
 
     >>> from jaxmask import Causal
     >>> page = html(Causal(), tokens=["今", "天"])

@@ -5,7 +5,7 @@ Ported code changes one import::
     from jaxmask.hf.modeling_attn_mask_utils import AttentionMaskConverter, _prepare_4d_causal_attention_mask
 
 Transformers has had no such module since 5.24. ``device`` is accepted and ignored: a JAX array lives where the program
-that makes it runs. Each function is documented at the function in :mod:`jaxmask.hf.converter` that it calls.
+that makes it runs. Each function is documented at the function in ``jaxmask.hf.converter`` that it calls.
 """
 
 # The names of Transformers begin with underscores.
