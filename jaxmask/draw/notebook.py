@@ -93,7 +93,7 @@ def _page(title: str, view: View, cells: Cells, asked: Block | None, texts: Text
 def _picture(states: Int8[np.ndarray, "rows columns"], texts: Texts) -> str:
     """One panel, labelled by texts."""
     if texts is None:
-        return _svg(states)
+        return svg(states)
     # Nobody knows how wide a browser draws a text: a Chinese character about as wide as it is high, others 0.6 of it.
     widths = (sum(1.0 if east_asian_width(character) in "WF" else 0.6 for character in text) for text in texts)
     margin = _FONT_SIZE * (max(widths) + 0.5)
@@ -107,7 +107,7 @@ def _picture(states: Int8[np.ndarray, "rows columns"], texts: Texts) -> str:
     return (
         f'<svg width="{size:g}" height="{size:g}" fill="currentColor" font-family="monospace" '
         f'font-size="{_FONT_SIZE}">{labels}<svg x="{margin:g}" y="{margin:g}"'
-        f"{_svg(states, _LABELLED_CELL).removeprefix('<svg')}</svg>"
+        f"{svg(states, _LABELLED_CELL).removeprefix('<svg')}</svg>"
     )
 
 
@@ -115,7 +115,7 @@ def _swatch(state: int) -> str:
     return f'<svg width="10" height="10" viewBox="0 0 1 1">{_path("M0 0.5h1", state)}</svg>'
 
 
-def _svg(states: Int8[np.ndarray, "rows columns"], size: float | None = None) -> str:
+def svg(states: Int8[np.ndarray, "rows columns"], size: float | None = None) -> str:
     """One panel. Each run of equal cells in a row is one line."""
     rows, columns = states.shape
     size = min(14.0, 224 / max(rows, columns)) if size is None else size
