@@ -1,20 +1,20 @@
-"""Time and memory of attention against length, for this library and its peers: the picture in the README.
+"""CPU time and memory of attention against length, for this library and its peers, as ``docs/attention.py`` draws them.
 
-Window 512, float32, 8 heads, dim 64, the output alone. Each peer has a process of its own, so that its memory can be
-told apart: what its resident memory grows by while it runs, at the peak, compiled before. Linux only.
+Window 512, float32, 8 heads, dim 64, the output alone. Each peer has a process of its own for its time, and another for
+its memory: what its resident memory grows by while it runs, at the peak, compiled before. Linux only.
 """
 
 import argparse
-import ctypes
+import itertools
 import json
+import os
 import re
-import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from timeit import Timer
 from typing import Any
 
 import jax
@@ -50,63 +50,63 @@ def resident(field: str) -> int:
     return 1024 * int(found[1])
 
 
-def measure(name: str) -> list[tuple[int, float, int]]:
-    """Return each length of one peer, with the median seconds and the bytes."""
-    results: list[tuple[int, float, int]] = []
+def cpu_seconds(run: Callable[[], Any]) -> float:
+    """The least of three runs, over all cores: another process that takes its turn on a core does not count."""
+
+    def once() -> float:
+        start = time.process_time()
+        jax.block_until_ready(run())
+        return time.process_time() - start
+
+    return min(once() for _ in range(3))
+
+
+def peak_bytes(run: Callable[[], Any]) -> float:
+    """How much more memory is occupied at the peak of a run than before it."""
+    before = resident("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # forget the peak
+    jax.block_until_ready(run())
+    return resident("VmHWM") - before
+
+
+def measure(name: str, of: Callable[[Callable[[], Any]], float]) -> list[tuple[int, float]]:
+    """Each length of one peer, with what is measured of a run."""
+    results: list[tuple[int, float]] = []
     for length in (length for length in LENGTHS if length <= LONGEST.get(name, length)):
         inputs: list[Any] = arrays(1, length, length, 3)
         if name in ("SDPA", "Flex"):
             inputs = [to_torch(x) for x in inputs]
         run = partial(PEERS[name](length), *inputs)
-        timer = Timer(lambda run=run: jax.block_until_ready(run()))
-        timer.timeit(1)
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
-        before = resident("VmRSS")
-        Path("/proc/self/clear_refs").write_text("5")  # forget the peak
-        times = [timer.timeit(1)]
-        memory = resident("VmHWM") - before
-        times += timer.repeat(2 if times[0] > 1 else 5, 1)
-        results.append((length, statistics.median(times), memory))
+        jax.block_until_ready(run())
+        results.append((length, of(run)))
     return results
 
 
-def draw(results: dict[str, list[tuple[int, float, int]]], to_file: Path) -> None:
-    """Two panels: seconds and memory against length."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    for axes, column, label in zip(figure.subplots(1, 2), (1, 2), ("seconds", "memory, MiB"), strict=True):
-        for name, rows in results.items():
-            values = [row[column] / (2**20 if column == 2 else 1) for row in rows]
-            bold = {"linewidth": 2.5, "color": "black"} if name == "jaxmask" else {}
-            axes.plot([row[0] for row in rows], values, marker="o", label=name, **bold)
-        axes.set(xscale="log", yscale="log", xlabel="tokens", ylabel=label)
-        axes.set_xticks(LENGTHS, [f"{length // 1024}k" for length in LENGTHS], minor=False)
-        axes.minorticks_off()
-        axes.grid(alpha=0.3)
-        axes.legend()
-    figure.suptitle(f"Attention within a window of {WINDOW}, 8 heads of 64, float32, 2 CPU cores")
-    figure.savefig(to_file, dpi=120)
-
-
 def main() -> None:
-    """Measure each peer in a process of its own; write the numbers and the picture."""
+    """Measure each peer in processes of its own, and write the numbers."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--peer", choices=PEERS, help="only this one, and print JSON")
-    parser.add_argument("--json", type=Path, default=Path("benchmarks/lengths.json"), metavar="FILE")
-    parser.add_argument("--plot", type=Path, default=Path("docs/attention.png"), metavar="FILE")
+    parser.add_argument("--of", choices=("time", "memory"), default="time", help="what to measure of that one")
+    parser.add_argument("--json", type=Path, default=Path("docs/attention.json"), metavar="FILE")
     options = parser.parse_args()
     FLAGS.mark_as_parsed()  # tokamax would read the command line
     if options.peer:
-        print(json.dumps(measure(options.peer)))  # noqa: T201
+        print(json.dumps(measure(options.peer, cpu_seconds if options.of == "time" else peak_bytes)))  # noqa: T201
         return
-    results: dict[str, list[tuple[int, float, int]]] = {}
-    for name in PEERS:
-        child = subprocess.run([sys.executable, __file__, "--peer", name], check=True, capture_output=True, text=True)
-        results[name] = json.loads(child.stdout.splitlines()[-1])
-    options.json.write_text(json.dumps(results, indent=2) + "\n")
-    draw(results, options.plot)
-    print(f"wrote {options.json} and {options.plot}")  # noqa: T201
+    # Whatever is freed is no longer occupied: without this, the memory of a run is that of the run before.
+    at_once = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
+    results: dict[str, dict[str, Any]] = {"time": {}, "memory": {}}
+    for name, of in itertools.product(PEERS, results):
+        command = [sys.executable, __file__, "--peer", name, "--of", of]
+        child = subprocess.run(command, check=True, capture_output=True, text=True, env=at_once)
+        results[of][name] = json.loads(child.stdout.splitlines()[-1])
+    # Only ratios carry over to other machines.
+    unit = results["time"]["jaxmask"][0][1]
+    results["time"] = {
+        name: [[length, round(seconds / unit, 2)] for length, seconds in rows] for name, rows in results["time"].items()
+    }
+    options.json.write_text(json.dumps(results) + "\n")
+    print(f"wrote {options.json}; python docs/attention.py draws it")  # noqa: T201
 
 
 if __name__ == "__main__":

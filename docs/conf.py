@@ -12,8 +12,6 @@ sys.path[:0] = [str(DOCS), str(DOCS.parent)]
 
 import inventories  # noqa: E402
 
-import jaxmask  # noqa: E402
-
 project = "jaxmask"
 author = copyright = "The jaxmask authors"  # noqa: A001
 extensions = [
@@ -25,6 +23,7 @@ extensions = [
     "sphinx.ext.viewcode",
     "signatures",
     "gallery",
+    "svg",
 ]
 exclude_patterns = ["_build"]
 suppress_warnings = ["mystnb.unknown_mime_type"]

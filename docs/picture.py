@@ -1,17 +1,21 @@
-"""Draw the picture of the README: eight masks, each under the code that describes it.
+"""Draw ``masks.svg``, the picture of the README: eight masks, each under the code that describes it.
 
 python docs/picture.py
 """
 
+from html import escape
 from pathlib import Path
 
 import jax.numpy as jnp
-from matplotlib.figure import Figure
-from matplotlib.patches import Patch
+import numpy as np
+from svg import coloured
 
-from jaxmask import Causal, Chunked, Mask, Padding, Prefix, Segments, SlidingWindow, Window, plot
+from jaxmask import Causal, Chunked, Mask, Padding, Prefix, Segments, SlidingWindow, Window
+from jaxmask.draw.notebook import svg
 
 LENGTH = 10
+# Of a panel and its title, in pixels, and how many of them stand in a row.
+WIDTH, SIDE, TITLE, COLUMNS = 250, 180, 28, 4
 valid = jnp.arange(LENGTH)[None] >= 3
 ids = jnp.array([[0, 0, 0, 1, 1, 1, 1, 1, 2, 2]])
 MASKS: dict[str, Mask] = {
@@ -26,18 +30,25 @@ MASKS: dict[str, Mask] = {
 }
 
 
-def main() -> None:
-    """Write ``masks.png`` beside this file."""
-    figure = Figure(figsize=(11, 6.6), dpi=110, layout="constrained")
-    axes = figure.subplots(2, 4).flat
-    for ax, (code, mask) in zip(axes, MASKS.items(), strict=True):
-        plot(mask, LENGTH, ax=ax)
-        ax.set_title(code, family="monospace", fontsize=8)
-    colours = axes[0].images[0].cmap
-    patches = [Patch(color=colours(share), label=label) for share, label in ((1.0, "may attend"), (0.0, "may not"))]
-    figure.legend(handles=patches, loc="outside lower center", ncols=2, frameon=False, fontsize=8)
-    figure.savefig(Path(__file__).with_name("masks.png"), metadata={"Software": None})
+def panel(code: str, mask: Mask, x: float, y: float) -> str:
+    """A mask under its code."""
+    states = np.asarray(mask.dense(LENGTH, LENGTH))[0, 0] * np.int8(2)
+    place = f'<svg x="{x + (WIDTH - SIDE) / 2:g}" y="{y + TITLE:g}"'
+    title = f'<text x="{x + WIDTH / 2:g}" y="{y + TITLE - 9:g}">{escape(code)}</text>'
+    return title + place + svg(states, SIDE / LENGTH).removeprefix("<svg")
+
+
+def page() -> str:
+    """The picture."""
+    height = SIDE + TITLE + 12
+    panels = "".join(
+        panel(code, mask, i % COLUMNS * WIDTH, i // COLUMNS * height) for i, (code, mask) in enumerate(MASKS.items())
+    )
+    size = f"{COLUMNS * WIDTH} {len(MASKS) // COLUMNS * height + TITLE}"
+    about = f'<text x="{COLUMNS * WIDTH / 2:g}" y="{2 * height + 16:g}">rows are queries, columns are keys</text>'
+    text = 'fill="currentColor" font-family="ui-monospace, monospace" font-size="10.5" text-anchor="middle"'
+    return coloured(f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {size}" {text}>{panels}{about}</svg>')
 
 
 if __name__ == "__main__":
-    main()
+    Path(__file__).with_name("masks.svg").write_text(page(), encoding="utf-8")

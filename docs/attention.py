@@ -1,0 +1,62 @@
+"""Draw ``attention.svg``: time and memory of attention against length, as ``benchmarks/lengths.py`` measured them.
+
+python docs/attention.py
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from matplotlib import rc_context
+from matplotlib.figure import Figure
+from svg import INK, LOOK, of_figure
+
+HERE = Path(__file__).parent
+NAMES = {"jaxmask": "jaxmask", "jax.nn": "jax.nn", "tokamax": "tokamax", "SDPA": "SDPA", "Flex": "FlexAttention"}
+COLOURS = {"jaxmask": "#4a86dd", "jax.nn": "#8b949e", "tokamax": "#b07cc6", "SDPA": "#d9822b", "Flex": "#3d9a6a"}
+# Why a line stops.
+STOPS = {"jax.nn": "all scores", "tokamax": "all pairs", "SDPA": "the mask, written out"}
+
+
+def page() -> str:
+    """The picture."""
+    measured = json.loads((HERE / "attention.json").read_text(encoding="utf-8"))
+    with rc_context(LOOK):
+        figure = Figure(figsize=(9.2, 4.4), layout="constrained")
+        time, memory = figure.subplots(1, 2)
+        draw(time, measured["time"], 1, "CPU time, that of jaxmask at 1k is 1")
+        draw(memory, measured["memory"], 2**20, "memory beyond the inputs, MiB")
+        time.set_title("Time grows with the window, not with all pairs", fontsize=10, loc="left")
+        memory.set_title("Memory grows with the length, not with its square", fontsize=10, loc="left")
+        handles, labels = time.get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
+        return of_figure(figure)
+
+
+def draw(ax: Any, lines: dict[str, list[tuple[int, float]]], unit: float, label: str) -> None:
+    """A line for each peer, ours above the others."""
+    for name, points in lines.items():
+        lengths, values = zip(*points, strict=True)
+        ours = name == "jaxmask"
+        style = {"linewidth": 2.6 if ours else 1.4, "zorder": 3 if ours else 2, "markersize": 5 if ours else 4}
+        ax.plot(lengths, [value / unit for value in values], "o-", color=COLOURS[name], label=NAMES[name], **style)
+        if name in STOPS and unit > 1:
+            ax.annotate(
+                STOPS[name],
+                (lengths[-1], values[-1] / unit),
+                (6, 0),
+                textcoords="offset points",
+                fontsize=8,
+                color=COLOURS[name],
+                va="center",
+            )
+    ticks = [length for length, _ in lines["jaxmask"]]
+    ax.set(xscale="log", yscale="log", xlabel="tokens", ylabel=f"{label}: lower is better")
+    ax.set_xticks(ticks, [f"{length // 1024}k" for length in ticks])
+    ax.minorticks_off()
+    ax.grid(color=INK, alpha=0.15)
+    ax.spines[["top", "right"]].set_visible(False)
+
+
+if __name__ == "__main__":
+    (HERE / "attention.svg").write_text(page(), encoding="utf-8")
