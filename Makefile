@@ -53,7 +53,7 @@ bench: .venv/.dev .venv/$(OLDER)
 	$(BIN)/python benchmarks/tiles.py
 	$(BIN)/python benchmarks/attention.py --json benchmarks/attention.json
 	$(BIN)/python benchmarks/compile.py
-	$(BIN)/python benchmarks/lengths.py
+	$(BIN)/python benchmarks/lengths.py && $(BIN)/python docs/attention.py
 	$(BIN)/python benchmarks/decoder.py --json benchmarks/decoder.json
 
 lint: .venv/.dev

@@ -1,7 +1,8 @@
 """CPU time and memory of attention against length, for this library and its peers, as ``docs/attention.py`` draws them.
 
 Window 512, float32, 8 heads, dim 64, the output alone. Each peer has a process of its own for its time, and another for
-its memory: what its resident memory grows by while it runs, at the peak, compiled before. Linux only.
+its memory: that of the output and of all between, which XLA says of a compiled program. Of PyTorch it is what resident
+memory grows by while it runs, at the peak (JAX keeps what it has freed, so that this says little of it). Linux only.
 """
 
 import argparse
@@ -50,35 +51,38 @@ def resident(field: str) -> int:
     return 1024 * int(found[1])
 
 
-def cpu_seconds(run: Callable[[], Any]) -> float:
+def cpu_seconds(run: Callable[..., Any], inputs: list[Any]) -> float:
     """The least of three runs, over all cores: another process that takes its turn on a core does not count."""
 
     def once() -> float:
         start = time.process_time()
-        jax.block_until_ready(run())
+        jax.block_until_ready(run(*inputs))
         return time.process_time() - start
 
+    once()
     return min(once() for _ in range(3))
 
 
-def peak_bytes(run: Callable[[], Any]) -> float:
-    """How much more memory is occupied at the peak of a run than before it."""
+def peak_bytes(run: Any, inputs: list[Any]) -> int:
+    """How much memory is occupied at the peak, beside the inputs."""
+    if isinstance(inputs[0], jax.Array):
+        memory = run.lower(*inputs).compile().memory_analysis()
+        return memory.output_size_in_bytes + memory.temp_size_in_bytes
+    run(*inputs)
     before = resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # forget the peak
-    jax.block_until_ready(run())
+    run(*inputs)
     return resident("VmHWM") - before
 
 
-def measure(name: str, of: Callable[[Callable[[], Any]], float]) -> list[tuple[int, float]]:
+def measure(name: str, of: Callable[[Callable[..., Any], list[Any]], float]) -> list[tuple[int, float]]:
     """Each length of one peer, with what is measured of a run."""
     results: list[tuple[int, float]] = []
     for length in (length for length in LENGTHS if length <= LONGEST.get(name, length)):
         inputs: list[Any] = arrays(1, length, length, 3)
         if name in ("SDPA", "Flex"):
             inputs = [to_torch(x) for x in inputs]
-        run = partial(PEERS[name](length), *inputs)
-        jax.block_until_ready(run())
-        results.append((length, of(run)))
+        results.append((length, of(PEERS[name](length), inputs)))
     return results
 
 
@@ -93,7 +97,7 @@ def main() -> None:
     if options.peer:
         print(json.dumps(measure(options.peer, cpu_seconds if options.of == "time" else peak_bytes)))  # noqa: T201
         return
-    # Whatever is freed is no longer occupied: without this, the memory of a run is that of the run before.
+    # What PyTorch frees is then free at once: else the memory of a run may be that of the run before.
     at_once = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
     results: dict[str, dict[str, Any]] = {"time": {}, "memory": {}}
     for name, of in itertools.product(PEERS, results):

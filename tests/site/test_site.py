@@ -34,6 +34,7 @@ def address() -> Iterator[str]:
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield f"http://127.0.0.1:{server.server_port}"
     server.shutdown()
+    server.server_close()
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +112,7 @@ def test_gallery_shows_the_kind_that_is_chosen(page: Page) -> None:
     ("link", "path", "shows"),
     [
         ("create_causal_mask", "/howto/port.html", "create_causal_mask"),
-        ("train on packed documents", "/howto/packed_training.html", "Segments"),
+        ("train on packed documents", "/howto/packed_training.html", "packed"),
         ("divide a sequence over devices", "/howto/sharding.html", "sharding"),
         ("what runs on a GPU", "/gpu_kernels.html", "H100"),
     ],
