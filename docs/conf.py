@@ -1,6 +1,6 @@
 """The site: ``make docs`` builds it into ``docs/_build/html``, and a warning fails.
 
-It is built, read and searched without a network. Links to other projects are known from ``inventories.txt``.
+It is built, read and searched without a network. Links to other projects are known from ``inventories``.
 """
 
 import shutil
@@ -39,7 +39,7 @@ myst_heading_anchors = 4
 
 autodoc_member_order = "bysource"
 autodoc_typehints = "none"  # signatures.py writes them, and so that of the function itself in place of its overloads
-maximum_signature_line_length = 88
+maximum_signature_line_length = 72
 napoleon_use_rtype = False
 napoleon_use_ivar = True
 napoleon_preprocess_types = False

@@ -57,9 +57,12 @@ def triangle(n: int) -> Any:
     return np.tri(n, dtype=bool)
 
 
-NAMES = {name: getattr(jaxmask, name) for name in jaxmask.__all__ if name != "to_splash"}
-NAMES |= {"np": np, "zoo": zoo}
-NAMES |= {helper.__name__: helper for helper in (documents, images, first, canvas, kernel, draft, triangle)}
+NAMES: dict[str, Any] = {
+    **{name: getattr(jaxmask, name) for name in jaxmask.__all__ if name != "to_splash"},
+    **{helper.__name__: helper for helper in (documents, images, first, canvas, kernel, draft, triangle)},
+    "np": np,
+    "zoo": zoo,
+}
 
 ARXIV = "https://arxiv.org/abs/"
 KINDS = {

@@ -9,7 +9,7 @@ import textwrap
 from dataclasses import is_dataclass
 from typing import Any
 
-from docutils.nodes import Element
+from docutils.nodes import Element, TextElement
 from sphinx.addnodes import desc_signature, pending_xref
 from sphinx.application import Sphinx
 from sphinx.environment import BuildEnvironment
@@ -40,7 +40,7 @@ def _tree(what: Any) -> Any:
     return ast.parse(textwrap.dedent(inspect.getsource(what))).body[0]
 
 
-def _fields(kind: type) -> str:
+def _fields(kind: Any) -> str:
     """The fields of a dataclass, its bases' first, as arguments."""
     found: dict[str, str] = {}
     for base in reversed(kind.__mro__):
@@ -48,9 +48,15 @@ def _fields(kind: type) -> str:
             for line in _tree(base).body:
                 if isinstance(line, ast.AnnAssign) and not ast.unparse(line.annotation).startswith("ClassVar"):
                     name, default = ast.unparse(line.target), line.value
-                    found[name] = f"{name}: {ast.unparse(line.annotation)}"
+                    found[name] = f"{name}: {ast.unparse(_unquoted(line.annotation))}"
                     found[name] += f" = {_default(default)}" if default is not None else ""
     return f"({', '.join(found.values())})"
+
+
+def _unquoted(annotation: Any) -> Any:
+    """An annotation without the quotes around all of it, as one of a class that is defined later has them."""
+    is_quoted = isinstance(annotation, ast.Constant) and isinstance(annotation.value, str)
+    return ast.parse(annotation.value, mode="eval").body if is_quoted else annotation
 
 
 def _default(value: ast.expr) -> str:
@@ -66,11 +72,10 @@ def as_written(
     """The signature in the source, for the event ``autodoc-process-signature``."""
     if signature is None:
         return None
-    is_method = what == "method"
-    if what == "class":
-        if "__init__" not in found.__dict__ or is_dataclass(found):
-            return (_fields(found) if is_dataclass(found) else signature), None
-        found, is_method = found.__init__, True
+    if what == "class" and is_dataclass(found):
+        return _fields(found), None
+    is_method = what in ("method", "class")
+    found = found.__init__ if what == "class" else found
     found = inspect.unwrap(getattr(found, "__func__", found))
     if not inspect.isfunction(found):
         return None
@@ -79,11 +84,13 @@ def as_written(
     decorators = {ast.unparse(decorator) for decorator in tree.decorator_list}
     if (is_method and "staticmethod" not in decorators) or "classmethod" in decorators:
         (arguments.posonlyargs or arguments.args).pop(0)
-    returns = ast.unparse(tree.returns) if tree.returns is not None and what != "class" else None
+    for argument in (*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs):
+        argument.annotation = _unquoted(argument.annotation)
+    returns = None if tree.returns is None or what == "class" else ast.unparse(_unquoted(tree.returns))
     return f"({ast.unparse(arguments)})", returns
 
 
-def by_short_name(app: Sphinx, env: BuildEnvironment, node: pending_xref, contents: Element) -> Element | None:
+def by_short_name(app: Sphinx, env: BuildEnvironment, node: pending_xref, contents: TextElement) -> Element | None:
     """What a short name refers to: an object of ours, if only one has it; else one of another project."""
     if node.get("refdomain") != "py":
         return None
@@ -103,7 +110,7 @@ def by_short_name(app: Sphinx, env: BuildEnvironment, node: pending_xref, conten
     return None
 
 
-def without_link(app: Sphinx, env: BuildEnvironment, node: pending_xref, contents: Element) -> Element | None:
+def without_link(app: Sphinx, env: BuildEnvironment, node: pending_xref, contents: TextElement) -> Element | None:
     """Shapes, dtypes, and aliases that the text beside them explains, have no page."""
     return contents if _is_in_signature(node) else None
 

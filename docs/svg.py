@@ -3,6 +3,7 @@
 import re
 from io import StringIO
 from pathlib import Path
+from typing import Any
 
 from docutils import nodes
 from docutils.parsers.rst import directives
@@ -22,8 +23,13 @@ def coloured(svg: str) -> str:
 
 
 # How matplotlib is to draw a figure for :func:`of_figure`: texts as texts, everything in ink.
-LOOK = {"svg.fonttype": "none", "svg.hashsalt": "jaxmask", "font.family": "sans-serif", "font.size": 10}
-LOOK |= dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color", "axes.edgecolor"), INK)
+LOOK: dict[Any, Any] = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "jaxmask",
+    "font.family": "sans-serif",
+    "font.size": 10,
+    **dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color", "axes.edgecolor"), INK),
+}
 
 
 def of_figure(figure: Figure) -> str:

@@ -22,13 +22,15 @@ COMMANDS = (
     'jaxmask show "causal & sliding_window(1024)" --query 8192 --block 512',
 )
 COLUMNS, CELL, LINE, MARGIN = 72, 8, 18, 16
-# Background and text, then black, red, green, yellow, blue, magenta, cyan and white, and the same brighter.
-_COLOURS = [
-    *((22, 27, 34), (209, 215, 224)),
-    *((72, 79, 88), (255, 123, 114), (63, 185, 80), (227, 160, 60), (88, 166, 255), (188, 140, 255), (86, 200, 230)),
-    *((209, 215, 224), (139, 148, 158)),
-]
-THEME = TerminalTheme(*_COLOURS[:2], _COLOURS[2:10], [_COLOURS[10], *_COLOURS[3:10]])
+# Black, red, green, yellow, blue, magenta, cyan and white.
+_GREY, _COLOURS = (
+    (139, 148, 158),
+    [
+        *((72, 79, 88), (255, 123, 114), (63, 185, 80), (227, 160, 60)),
+        *((88, 166, 255), (188, 140, 255), (86, 200, 230), (209, 215, 224)),
+    ],
+)
+THEME = TerminalTheme((22, 27, 34), _COLOURS[-1], _COLOURS, [_GREY, *_COLOURS[1:]])
 # When a line appears, in seconds: what is printed at once, and how long a person looks at it.
 TYPED, LOOKED_AT = 0.6, 2.5
 STYLE = """<style>
