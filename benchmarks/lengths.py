@@ -1,7 +1,7 @@
 """CPU time and memory of attention against length, for this library and its peers, as ``docs/attention.py`` draws them.
 
 Window 512, float32, 8 heads, dim 64, the output alone. Each peer has a process of its own for its time, and another for
-its memory: that of the output and of all between, which XLA says of a compiled program. Of PyTorch it is what resident
+its memory: that of the output and of all between, which XLA says of a compiled program. For PyTorch it is what resident
 memory grows by while it runs, at the peak (JAX keeps what it has freed, so that this says little of it). Linux only.
 """
 

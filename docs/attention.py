@@ -14,13 +14,9 @@ from svg import INK, LOOK, of_figure
 HERE = Path(__file__).parent
 NAMES = {"jaxmask": "jaxmask", "jax.nn": "jax.nn", "tokamax": "tokamax", "SDPA": "SDPA", "Flex": "FlexAttention"}
 COLOURS = {"jaxmask": "#4a86dd", "jax.nn": "#8b949e", "tokamax": "#b07cc6", "SDPA": "#d9822b", "Flex": "#3d9a6a"}
-# Why a line stops, beside a point that has room.
-STOPS = {
-    "jax.nn": ("all scores written out", -1, "center"),
-    "tokamax": ("all pairs computed", 0, "left"),
-    "SDPA": ("the mask written out", -1, "center"),
-}
-NOTE: dict[str, Any] = {"textcoords": "offset points", "fontsize": 8}
+STOPS = (
+    "Lines stop where jax.nn writes out all scores, tokamax computes all pairs, and SDPA is given the mask written out."
+)
 
 
 def page() -> str:
@@ -31,10 +27,11 @@ def page() -> str:
         time, memory = figure.subplots(1, 2)
         draw(time, measured["time"], 1, "CPU time, that of jaxmask at 1k is 1")
         draw(memory, measured["memory"], 2**20, "memory beside the inputs, MiB")
-        time.set_title("Time grows with the window, not with all pairs", fontsize=10, loc="left")
+        time.set_title("Time grows with the length, not with its square", fontsize=10, loc="left")
         memory.set_title("Memory grows with the length, not with its square", fontsize=10, loc="left")
         handles, labels = time.get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
+        below = {"loc": "outside lower center", "ncols": len(labels), "frameon": False, "title_fontsize": 8}
+        figure.legend(handles, labels, title=STOPS, **below)
         return of_figure(figure)
 
 
@@ -45,9 +42,6 @@ def draw(ax: Any, lines: dict[str, list[tuple[int, float]]], unit: float, label:
         ours = name == "jaxmask"
         style = {"linewidth": 2.6 if ours else 1.4, "zorder": 3 if ours else 2, "markersize": 5 if ours else 4}
         ax.plot(lengths, [value / unit for value in values], "o-", color=COLOURS[name], label=NAMES[name], **style)
-        if name in STOPS and unit > 1:
-            why, at, align = STOPS[name]
-            ax.annotate(why, (lengths[at], values[at] / unit), (0, 7), ha=align, **NOTE, color=COLOURS[name])
     ax.margins(x=0.14, y=0.1)
     ticks = [length for length, _ in lines["jaxmask"]]
     ax.set(xscale="log", yscale="log", xlabel="tokens", ylabel=f"{label}: lower is better")

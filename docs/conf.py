@@ -3,10 +3,12 @@
 It is built, read and searched without a network. Links to other projects are known from ``inventories``.
 """
 
+import os
 import shutil
 import sys
 from pathlib import Path
 
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
 DOCS = Path(__file__).parent
 sys.path[:0] = [str(DOCS), str(DOCS.parent)]
 
@@ -17,7 +19,6 @@ author = copyright = "The jaxmask authors"  # noqa: A001
 extensions = [
     "myst_nb",
     "sphinx.ext.autodoc",
-    "sphinx.ext.doctest",
     "sphinx.ext.intersphinx",
     "sphinx.ext.napoleon",
     "sphinx.ext.viewcode",

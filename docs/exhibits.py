@@ -106,7 +106,7 @@ EXHIBITS = [
         "BigBird",
         "2007.14062",
     ),
-    Exhibit("text", "A head of each kind", "PerHead([Causal(), SlidingWindow(n // 8)])", "LM-Infinite", "2308.16137"),
+    Exhibit("text", "A head of each kind", "PerHead([Causal(), SlidingWindow(n // 8)])", "DuoAttention", "2410.10819"),
     Exhibit(
         "document", "Packed documents", "Causal() & Segments(documents(n))", "Efficient sequence packing", "2107.02027"
     ),

@@ -55,8 +55,11 @@ def _fields(kind: Any) -> str:
 
 def _unquoted(annotation: Any) -> Any:
     """An annotation without the quotes around all of it, as one of a class that is defined later has them."""
-    is_quoted = isinstance(annotation, ast.Constant) and isinstance(annotation.value, str)
-    return ast.parse(annotation.value, mode="eval").body if is_quoted else annotation
+    match annotation:
+        case ast.Constant(value=str(text)):
+            return ast.parse(text, mode="eval").body
+        case _:
+            return annotation
 
 
 def _default(value: ast.expr) -> str:

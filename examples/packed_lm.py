@@ -59,9 +59,8 @@ def losses(model: Decoder, tokens: Any, ids: Any) -> tuple[jax.Array, jax.Array]
     return jnp.where(counts, each, 0).sum(), counts.sum()
 
 
-def train(steps: int, length: int, rows: int) -> tuple[Decoder, list[float], int]:
+def train(tokens: np.ndarray, ids: np.ndarray, steps: int, rows: int) -> tuple[Decoder, list[float], int]:
     """The model, the loss of each step, and how often the step was traced."""
-    tokens, ids = pack(documents(length), length)
     model = Decoder(CONFIG, rngs=nnx.Rngs(0))
     optimizer = nnx.Optimizer(model, optax.adamw(optax.cosine_decay_schedule(3e-3, steps)), wrt=nnx.Param)
     traces: list[object] = []
@@ -104,10 +103,10 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=8)
     parser.add_argument("--plot", type=Path, help="where to write a picture of the loss")
     arguments = parser.parse_args()
-    model, found, traces = train(arguments.steps, arguments.length, arguments.rows)
+    tokens, ids = pack(documents(arguments.length), arguments.length)
+    model, found, traces = train(tokens, ids, arguments.steps, arguments.rows)
     console = Console(highlight=False)
     console.print(f"loss: {found[0]:.2f} at first, {found[-1]:.2f} after {len(found)} steps, traced {traces} time(s)")
-    tokens, ids = pack(documents(arguments.length), arguments.length)
     row = ids[:100].max(1).argmax()  # with many documents
     total, count = nnx.jit(losses)(model, tokens[row : row + 1], ids[row : row + 1])
     difference = abs(float(total / count) - one_by_one(model, tokens[row], ids[row]))

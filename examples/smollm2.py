@@ -16,9 +16,11 @@ import numpy as np
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.progress import Progress
+from rich.text import Text
 from transformers import AutoTokenizer
 
 from jaxmask.flax import generate, left_pad
+from torch_compat.generate import visible
 from torch_compat.models import load
 from torch_compat.weights import smollm2_checkpoint
 
@@ -52,7 +54,7 @@ def main() -> None:
 
         together = generate(model, tokens, valid, max_new_tokens=new, cache_length=room, on_tokens=on_tokens).tokens
     for prompt, continuation in zip(arguments.prompts, np.asarray(together), strict=True):
-        console.print(f"[bold]{prompt}[/bold]{tokenizer.decode(continuation)}", end="\n\n")
+        console.print(Text.assemble((visible(prompt), "bold"), visible(tokenizer.decode(continuation)), "\n"))
 
     row = min(range(len(prompts)), key=lambda i: len(prompts[i]))  # the one with the most padding
     unpadded = np.array([prompts[row]] * len(prompts))

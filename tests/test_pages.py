@@ -13,7 +13,7 @@ import jax
 import pytest
 import tokamax
 import torch
-from flax import linen
+from flax import linen, nnx
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 from torch.nn.attention import flex_attention as flex
 from transformers.masking_utils import create_causal_mask
@@ -37,7 +37,20 @@ CALLS: dict[str, Callable[..., Any]] = {
     "tokamax": tokamax.dot_product_attention,
     "splash": splash._make_splash_attention,  # pyright: ignore[reportPrivateUsage]
     "create_causal_mask": create_causal_mask,
-    "MultiHeadAttention": linen.dot_product_attention,
+    "linen": linen.dot_product_attention,
+    "nnx": nnx.dot_product_attention,
+}
+# The heading of the section that has their rows.
+SECTIONS = {
+    "SDPA": "PyTorch: `scaled_dot_product_attention`",
+    "FlexAttention": "PyTorch: FlexAttention",
+    "create_block_mask": "PyTorch: FlexAttention",
+    "jax.nn": "JAX: `jax.nn.dot_product_attention`",
+    "tokamax": "tokamax: `dot_product_attention`",
+    "splash": "splash attention",
+    "create_causal_mask": "Transformers 5: `create_causal_mask`",
+    "linen": "Flax: `MultiHeadAttention`",
+    "nnx": "Flax: `MultiHeadAttention`",
 }
 KEYWORDS = {"SDPA": [keyword.split("=")[0].strip() for keyword in SDPA]} | {
     name: list(inspect.signature(call).parameters) for name, call in CALLS.items()
@@ -61,7 +74,8 @@ def test_links_of_a_page_lead_somewhere(page: str) -> None:
 @pytest.mark.parametrize("name", KEYWORDS)
 def test_every_keyword_has_a_row_in_the_page_on_porting(name: str) -> None:
     assert len(KEYWORDS[name]) >= 8
-    rows = re.findall(r"^\| (.*?) \|", PAGES["docs/howto/port.md"], re.MULTILINE)
+    section = PAGES["docs/howto/port.md"].split(f"\n## {SECTIONS[name]}\n")[1].split("\n## ")[0]
+    rows = re.findall(r"^\| (.*?) \|", section, re.MULTILINE)
     named = set(re.findall(r"`(\w+)`", " ".join(rows)))
     assert [keyword for keyword in KEYWORDS[name] if keyword not in named] == []
 

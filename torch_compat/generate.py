@@ -225,7 +225,7 @@ def _bar(log: Console, what: str) -> Progress:
 _CONTROLS = {code: "\ufffd" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
 
 
-def _visible(text: str) -> str:
+def visible(text: str) -> str:
     """The text for a terminal, without the characters that steer one."""
     return text.translate(_CONTROLS)
 
@@ -260,7 +260,7 @@ class _Screen:
         if len(self.texts) == 1:
             self.bar.stop()
             if self.console.is_terminal:
-                self.console.out(_visible(self.texts[0].prompt), style="bold", end="", highlight=False)
+                self.console.out(visible(self.texts[0].prompt), style="bold", end="", highlight=False)
             else:
                 self.write(self.texts[0].prompt)
         elif self.console.is_terminal:
@@ -272,7 +272,7 @@ class _Screen:
 
     def panels(self) -> Group:
         """Every text in a frame of its own."""
-        texts = (Text.assemble((_visible(text.prompt), "bold"), _visible(text.text)) for text in self.texts)
+        texts = (Text.assemble((visible(text.prompt), "bold"), visible(text.text)) for text in self.texts)
         return Group(*map(Panel, texts))
 
     def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
@@ -286,5 +286,5 @@ class _Screen:
 
     def write(self, *texts: str) -> None:
         """Write texts as they are, but for what would steer a terminal. The console would turn tabs into spaces."""
-        self.console.file.writelines(map(_visible, texts) if self.console.is_terminal else texts)
+        self.console.file.writelines(map(visible, texts) if self.console.is_terminal else texts)
         self.console.file.flush()

@@ -1,4 +1,7 @@
-"""Whatever code the site shows is run: sessions by tests, here and in ``tests/test_pages.py``, and commands by CI."""
+"""Code that the site shows is run: sessions by tests, here and in ``tests/test_pages.py``, commands by CI or by a test.
+
+Benchmarks are not, but for the smallest form of each.
+"""
 
 import doctest
 import re
@@ -17,24 +20,29 @@ BLOCKS = [(page, kind, text) for page, content in PAGES.items() for _, kind, tex
 COMMANDS = [
     (page, line) for page, kind, text in BLOCKS if kind == "console" for line in re.findall(r"^\$ (.*)", text, re.M)
 ]
-# A target, a file that a target or a test runs, a command whose output a test compares; and how to get there.
-MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
-TARGETS = re.findall(r"^([a-z-]+):", MAKEFILE, re.MULTILINE)
+# Targets that CI runs, what builds them, and those that take too long or are parts of others.
+MAKEFILE, CI = ((ROOT / name).read_text(encoding="utf-8") for name in ("Makefile", ".ci/run"))
+TARGETS = {*" ".join(re.findall(r"^make (.*)", CI, re.MULTILINE)).split(), "docs", "bench", "test-fast"}
+# Files that a target or a test runs, and commands whose output a test compares.
 RUN = MAKEFILE + "".join(path.read_text(encoding="utf-8") for path in ROOT.glob("tests/**/test_*.py"))
 SHOWN = re.findall(r"^\$ (jaxmask .*)", PAGES["README.md"], re.MULTILINE)
 
 
 def is_run(command: str) -> bool:
     """Whether a target or a test runs a command."""
-    match command.split():
+    first, _, rest = command.partition(" && ")
+    if rest:
+        return is_run(first) and is_run(rest)
+    match command.split("|")[0].split():
         case ["make", *words]:
-            return bool({*words} & {*TARGETS})
+            return {word for word in words if not word.startswith("-")} <= TARGETS
         case ["python", file, *_]:
-            return (ROOT / file).is_file() and file.rpartition("/")[2] in RUN
+            stem = Path(file).stem
+            return (ROOT / file).is_file() and (f" {file}" in RUN or bool(re.search(rf'"{stem}(\.py)?"', RUN)))
         case ["jaxmask", *_]:
             return command in SHOWN
         case [program, *_]:
-            return program in ("git", "pip")
+            return program in ("git", "pip", "cd")
         case _:
             return False
 
@@ -60,6 +68,7 @@ def test_command_of_a_page_is_run_by_a_target_or_a_test(page: str, command: str)
 
 def test_a_command_that_nothing_runs_is_found() -> None:
     assert not is_run("make coffee")
+    assert not is_run("make lint && make coffee")
     assert not is_run("python docs/nowhere.py")
     assert not is_run("jaxmask show causal --query 1234")
 

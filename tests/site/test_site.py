@@ -123,7 +123,8 @@ def test_gallery_shows_the_kind_that_is_chosen(page: Page) -> None:
         ("create_causal_mask", "/howto/port.html", "create_causal_mask"),
         ("train on packed documents", "/howto/packed_training.html", "packed"),
         ("divide a sequence over devices", "/howto/sharding.html", "sharding"),
-        ("what runs on a GPU", "/gpu_kernels.html", "H100"),
+        ("what runs on a GPU", "/implementations.html", "pallas"),
+        ("what the compiler makes of it", "/gpu_kernels.html", "H100"),
     ],
 )
 def test_a_newcomer_gets_there_by_one_click(page: Page, link: str, path: str, shows: str) -> None:
