@@ -155,7 +155,8 @@ def attention(
             ``P("data", "seq", "model", None)`` for its examples, tokens and heads, on the mesh of ``jax.set_mesh``, or
             a ``NamedSharding``. Each device then computes its own part, by the best kernel for it. Of examples and
             heads it sends nothing; of the sequence, what ``context_parallel`` says. Keys are divided as the queries
-            where there are as many; else every device has all of them. It is ``P()`` where there is one device.
+            where there are as many; else every device has all of them; with ``context_parallel="merge"`` the keys
+            alone are divided, as of a cache. It is ``P()`` where there is one device.
             Explicit axes need it not: the types of query and key say the same. With neither, where several devices may
             take part, an implementation is chosen that XLA can divide.
         axis_name: the axis of the mesh that divides the sequence, or several, in a ``shard_map`` of yours: query, key
@@ -166,7 +167,9 @@ def attention(
             them. ``"ulysses"`` sends all queries and keys of some of the heads, where these divide. ``"ring"`` sends
             all keys around, but for devices that need none, and no device has more than two shards at a time; it is by
             ``"blocked"``, and differentiable once, in reverse. What is static of the mask decides what is needed:
-            ``& SlidingWindow(longest)`` bounds documents whose ids are traced. :func:`explain` says the bytes.
+            ``& SlidingWindow(longest)`` bounds documents whose ids are traced. Where the keys alone are divided, and
+            every device has all queries, the scheme is ``"merge"``: each attends to its own keys, and sends what it has
+            found, some numbers for each query and head. :func:`explain` says the bytes.
         implementation: ``None`` chooses: a kernel of the platform that takes all of the arguments (cuDNN on GPU, else
             our own ``"pallas"``; splash on TPU; tokamax on both if installed), else ``"xla"`` where there are few
             queries and keys, else ``"blocked"``. A name forces one. Elsewhere than on their platform ``"pallas"`` and
@@ -214,7 +217,7 @@ def attention(
         dropout_rng=dropout_rng,
         broadcast_dropout=broadcast_dropout,
         return_residual=return_residual,
-        shards=spmd.shards_of(axis_name, query, key),
+        shards=spmd.shards_of(axis_name, query, key, context_parallel),
     )
     call, placement, sequence = spmd.placed(call, sharding, axis_name, context_parallel)
     if placement is None:

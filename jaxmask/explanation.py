@@ -116,9 +116,8 @@ def explain(
     """
     if platform not in (None, "cpu", "gpu", "tpu"):
         raise ValueError(f"platform must be 'cpu', 'gpu' or 'tpu', or None for where the query is, got {platform!r}")
-    call = checked_call(
-        query, key, value, mask, platform=platform, **arguments, shards=spmd.shards_of(axis_name, query, key)
-    )
+    shards = spmd.shards_of(axis_name, query, key, context_parallel)
+    call = checked_call(query, key, value, mask, platform=platform, **arguments, shards=shards)
     call, placement, sequence = spmd.placed(call, sharding, axis_name, context_parallel)
     has_pairs = not is_empty(call.query, call.key)
 

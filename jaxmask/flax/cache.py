@@ -4,6 +4,7 @@ A layer that keeps all keys holds the token at position ``p`` in slot ``p``. A l
 holds it in slot ``p % window``. Padding takes no slot. So the number of tokens in a row tells what each slot holds.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -13,10 +14,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import export, lax
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, DTypeLike, Float, Int, Integer
 
-from jaxmask import checks, serialization
+from jaxmask import checks, serialization, spmd
 from jaxmask.dispatch import Implementation, Sharding, attention
+from jaxmask.indices import Index
 from jaxmask.kernels.call import Arguments
 from jaxmask.mask import Mask
 from jaxmask.masks import Window
@@ -85,6 +88,32 @@ class Step(_Pytree):
         return Cache(tuple(layers), self.after)
 
 
+# Keys and values.
+_Pair = tuple[Array, Array]
+
+
+class _Division(NamedTuple):
+    """How the slots of a layer are divided over devices.
+
+    Args:
+        mesh: the devices.
+        examples, axes, heads: the axes of the mesh that divide rows, slots and heads.
+        shards: how many devices divide the slots.
+    """
+
+    mesh: Any
+    examples: tuple[str, ...] | None
+    axes: tuple[str, ...]
+    heads: tuple[str, ...] | None
+    shards: int
+
+    def run(self, store: Any, *arguments: Any) -> Any:
+        """Call a function of a step, slots and new tokens on each device; it returns twice what is divided as slots."""
+        of_slots, of_new = (PartitionSpec(self.examples, axes, self.heads) for axes in (self.axes, None))
+        specs = [PartitionSpec(self.examples), of_slots, of_new]
+        return spmd.on_devices(store, self.mesh, specs, (of_slots, of_slots), list(arguments))
+
+
 @partial(jax.tree_util.register_dataclass, data_fields=("key", "value"), meta_fields=("is_ring",))
 @dataclass(frozen=True, eq=False)
 class LayerCache(_Pytree):
@@ -101,17 +130,33 @@ class LayerCache(_Pytree):
 
     def positions(self, tokens: Int[Array, "batch"]) -> Int[Array, "batch slots"]:
         """The position of the key in each slot once a row has ``tokens`` tokens; negative for an empty slot."""
-        slots, last = self.key.shape[1], tokens[:, None] - 1
-        return last - (last - np.arange(slots, dtype=np.int32)[None]) % slots
+        return self._positions(tokens, np.arange(self.key.shape[1], dtype=np.int32)[None])
+
+    def _positions(self, tokens: Int[Array, "batch"], slots: Index) -> Int[Array, "batch some"]:
+        """The positions of the keys in some of the slots."""
+        last = tokens[:, None] - 1
+        return last - (last - slots) % self.key.shape[1]
 
     def update(
-        self, step: Step, key: Float[Array, "batch q kv_heads dim"], value: Float[Array, "batch q kv_heads dim"]
+        self,
+        step: Step,
+        key: Float[Array, "batch q kv_heads dim"],
+        value: Float[Array, "batch q kv_heads dim"],
+        *,
+        sharding: Sharding | None = None,
     ) -> tuple["LayerCache", KeysAndValues]:
         """Store the new keys and values.
 
+        Args:
+            step: from :meth:`Cache.step`.
+            key, value: of the new tokens.
+            sharding: that of the layer, where it divides the slots over the devices of a mesh whose axes are automatic.
+                Each device then writes the slots that it has. Explicit axes need it not.
+
         Returns:
             The layer with them, and what the queries of the step may attend to. A ring that takes several tokens at
-            once overwrites keys that the first of them still attend to. Those keys are included.
+            once overwrites keys that the first of them still attend to. Those keys are included. Where slots are
+            divided, each device has a share of the new keys after its own.
 
         Raises:
             ValueError: the shapes do not fit the cache.
@@ -130,29 +175,71 @@ class LayerCache(_Pytree):
                     f"{name} must have the dtype of the cache, {old.dtype}, got {checks.describe(new)}; give "
                     "Cache.empty the dtype of the model"
                 )
-        layer = LayerCache(self._write(step, self.key, key), self._write(step, self.value, value), self.is_ring)
-        if not self.is_ring or step.count == 1:
-            return layer, KeysAndValues(layer.key, layer.value, step.offset, self.positions(step.after))
+        division = self._division(sharding)
+        shards = 1 if division is None else division.shards
+        # Of the new keys each device has as many.
+        padding = -step.count % shards
+
+        def store(step: Step, old: _Pair, new: _Pair) -> tuple[_Pair, _Pair]:
+            """The slots of a device, and the keys that it attends to."""
+            shard = 0 if division is None else lax.axis_index(division.axes)
+            written = jax.tree.map(partial(self._write, step, shard), old, new)
+            if not self._sees_overwritten(step):
+                return written, written
+            share = (step.count + padding) // shards
+
+            def beside(old: Array, new: Array) -> Array:
+                new = jnp.pad(step.or_nan(new), ((0, 0), (0, padding), (0, 0), (0, 0)))
+                return jnp.concatenate((old, lax.dynamic_slice_in_dim(new, shard * share, share, 1)), 1)
+
+            return written, jax.tree.map(beside, old, new)
+
+        arguments = step, (self.key, self.value), (key, value)
+        stored, (key, value) = store(*arguments) if division is None else division.run(store, *arguments)
+        layer = LayerCache(stored[0], stored[1], self.is_ring)
+        if not self._sees_overwritten(step):
+            return layer, KeysAndValues(key, value, step.offset, self.positions(step.after))
         positions = jnp.where(step.is_new(step.positions), step.positions, -1)
-        return layer, KeysAndValues(
-            jnp.concatenate((self.key, step.or_nan(key)), 1),
-            jnp.concatenate((self.value, step.or_nan(value)), 1),
-            step.offset,
-            jnp.concatenate((self.positions(step.before), positions), 1),
-        )
+        positions = jnp.pad(positions, ((0, 0), (0, padding)), constant_values=-1)
+        parts = [x.reshape(len(x), shards, -1) for x in (self.positions(step.before), positions)]
+        return layer, KeysAndValues(key, value, step.offset, jnp.concatenate(parts, 2).reshape(len(positions), -1))
+
+    def _division(self, sharding: Sharding | None) -> "_Division | None":
+        """How the slots are divided over devices; ``None`` where they are not."""
+        found = spmd.division_of(self.key, sharding)
+        if found is None or not found[1][1]:
+            return None
+        mesh, axes = found
+        sizes = [math.prod(mesh.shape[axis] for axis in of_axis) for of_axis in axes]
+        if self.key.shape[1] % sizes[1]:
+            raise ValueError(
+                f"the {self.key.shape[1]} slots of the layer do not divide over {sizes[1]} devices: leave them whole, "
+                "as those of a window may be, or give Cache.empty a length that does"
+            )
+        # Where the heads of keys do not divide, every device has all of them.
+        heads = axes[2] if self.key.shape[2] % sizes[2] == 0 else ()
+        return _Division(mesh, axes[0] or None, axes[1], heads or None, sizes[1])
+
+    def _sees_overwritten(self, step: Step) -> bool:
+        """Whether queries of the step attend to keys that its tokens overwrite."""
+        return self.is_ring and step.count > 1
 
     def _write(
-        self, step: Step, old: Float[Array, "batch slots kv_heads dim"], new: Float[Array, "batch q kv_heads dim"]
-    ) -> Float[Array, "batch slots kv_heads dim"]:
-        """``old`` with ``new`` in the slots of its tokens."""
-        slots, count = old.shape[1], step.count
-        if self.is_ring and count > 1:
-            start, window, positions = None, old, self.positions(step.after)
-        else:  # touch only as many slots as there are new tokens
-            start = step.before % slots if self.is_ring else jnp.clip(step.before, 0, slots - count)
+        self,
+        step: Step,
+        shard: Any,
+        old: Float[Array, "batch own kv_heads dim"],
+        new: Float[Array, "batch q kv_heads dim"],
+    ) -> Float[Array, "batch own kv_heads dim"]:
+        """``old``, the slots of this shard, with ``new`` in those of its tokens."""
+        size, count = old.shape[1], step.count
+        slots, start, window = shard * size + np.arange(size, dtype=np.int32)[None], None, old
+        if count < size and not self._sees_overwritten(step):  # touch only as many slots as there are new tokens
+            first = shard * np.int32(size)
+            start = jnp.clip(step.before % self.key.shape[1] - first, 0, size - count)
             window = jax.vmap(partial(lax.dynamic_slice_in_dim, slice_size=count))(old, start)
-            first = step.before if self.is_ring else start
-            positions = first[:, None] + np.arange(count, dtype=np.int32)[None]
+            slots = first + start[:, None] + np.arange(count, dtype=np.int32)[None]
+        positions = self._positions(step.after, slots)
         index = jnp.clip(positions - step.offset[:, None], 0, count - 1)
         new = jnp.take_along_axis(new, index[..., None, None], 1)
         window = step.or_nan(jnp.where(step.is_new(positions)[..., None, None], new, window))
@@ -174,12 +261,17 @@ class LayerCache(_Pytree):
     ) -> tuple[Any, "LayerCache"]:
         """Store the new keys and values, then attend to all that the layer holds.
 
+        The slots of a layer may be divided over the devices of a mesh, and the queries be whole. No key is sent then:
+        each device writes the slots that it has and attends to them, and what they find is merged.
+
         Args:
             step: from :meth:`Cache.step`.
             query, key, value: of the new tokens.
             mask: the keys that a query attends to, by position. Padding, empty slots, and in a ring all keys before the
                 window are left out.
-            sharding, implementation: as in :func:`jaxmask.attention`.
+            sharding: that of the layer, ``P("data", "seq", "model")`` for its rows, its slots and its heads, where the
+                axes of the mesh are automatic.
+            implementation: as in :func:`jaxmask.attention`.
             **arguments: the others of :func:`jaxmask.attention`, but ``offset`` and ``key_positions``, which the cache
                 knows. ``query_positions`` are those of new tokens that do not follow each other.
 
@@ -194,13 +286,15 @@ class LayerCache(_Pytree):
                 raise ValueError(f"{name} must be left out, for the cache knows it")
         if checks.array("query", query, "f", 4).shape[1] != step.count:
             raise ValueError(f"query must have the {step.count} tokens of the step, got {checks.describe(query)}")
-        layer, keys = self.update(step, key, value)
+        layer, keys = self.update(step, key, value, sharding=sharding)
         mask = mask & Window(self.key.shape[1] - 1, None) if self.is_ring else mask
         if arguments.get("query_positions") is None:
             arguments["offset"] = keys.offset
         arguments["key_positions"] = keys.key_positions
         attend: Any = attention
         how = {"sharding": sharding, "implementation": implementation, **arguments}
+        if sharding is not None and self._division(sharding) is not None:
+            how["context_parallel"] = "merge"
         result = attend(query, keys.key, keys.value, mask, **how)
         return jax.tree.map(step.or_nan, result), layer
 

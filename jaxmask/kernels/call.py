@@ -124,14 +124,14 @@ def checked_call(
     broadcast_dropout: bool = False,
     return_residual: bool = False,
     platform: str | None = None,
-    shards: int = 1,
+    shards: tuple[int, int] = (1, 1),
 ) -> Call:
     """The arguments, when they are found to fit each other.
 
     Args:
         platform: for which they are; ``None`` for that of the query.
-        shards: how many devices divide the sequence, where query, key and value are those of one of them. All else is
-            of the whole sequence; of a bias only its keys are.
+        shards: how many devices divide the queries and the keys, where query, key and value are those of one of them.
+            All else is of the whole sequence; of a bias only its keys are.
     """
     for name, array in (("query", query), ("key", key), ("value", value)):
         if checks.array(name, array, "f").dtype not in _DTYPES:
@@ -163,13 +163,13 @@ def checked_call(
     if mask is not None and not isinstance(mask, Mask):
         refuse_no_mask(mask, expected="mask must be a jaxmask.Mask")
     mask = Full() if mask is None else mask
-    if shards > 1 and mask.shape[2] == key_length:
+    if shards[1] > 1 and mask.shape[2] == key_length:
         raise ValueError(
             f"{mask!r} describes the {key_length} keys of one device, but with axis_name a mask is of the whole "
-            f"sequence of {key_length * shards}: hand over the whole of its arrays, which a shard_map does by in_specs "
-            "that do not name the axis there"
+            f"sequence of {key_length * shards[1]}: hand over the whole of its arrays, which a shard_map does by "
+            "in_specs that do not name the axis there"
         )
-    query_length, key_length = query_length * shards, key_length * shards
+    query_length, key_length = query_length * shards[0], key_length * shards[1]
     if is_empty(query, key):
         # Where there is no pair, nothing can be asked of a mask, nor of positions.
         mask, at, bias = Full(), Positions(query_length, key_length, None, None, None, True), None

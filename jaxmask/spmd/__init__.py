@@ -20,7 +20,7 @@ from jaxmask.kernels.call import Call
 from jaxmask.spmd.division import divide
 from jaxmask.spmd.order import balanced_order, reorder, restore
 from jaxmask.spmd.part import at_shard, closed_over
-from jaxmask.spmd.placement import Axes, Placement, placement_of, shards_of
+from jaxmask.spmd.placement import Axes, Placement, division_of, placement_of, shards_of
 from jaxmask.spmd.plan import Plan, Scheme
 from jaxmask.spmd.sequence import Cost, Sequence, no_keys_to_send, sequence_of, zeros
 
@@ -33,6 +33,8 @@ __all__ = [
     "ask_shard",
     "attend",
     "balanced_order",
+    "division_of",
+    "on_devices",
     "placed",
     "reorder",
     "restore",
@@ -51,7 +53,7 @@ def placed(
     Raises:
         TypeError, ValueError: the call cannot follow what says where it is, or cannot be done as it is told.
     """
-    call, placement = placement_of(call, sharding, axis_name)
+    call, placement = placement_of(call, sharding, axis_name, context_parallel)
     if placement is None and context_parallel is not None:
         raise ValueError(no_keys_to_send(context_parallel))
     return call, placement, None if placement is None else sequence_of(call, placement, context_parallel)
@@ -91,31 +93,45 @@ def _on_devices(call: Call, placement: Placement, run: Callable[[Call], Any], sa
         return run(call)
     division, mesh = divide(call, placement), placement.mesh
     leaves, structure = jax.tree.flatten(call)
-    kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
-    if AxisType.Explicit in kinds.values():
-        # What is whole on every device is cut without communication.
-        leaves = [
-            jax.sharding.reshard(x, NamedSharding(mesh, spec)) for x, spec in zip(leaves, division.specs, strict=True)
-        ]
     out = PartitionSpec(placement.examples or None, placement.queries or None, placement.heads or None)
-    # Without names, all axes; a `vmap` over a sharded axis adds its own.
-    free = {axis for axis, kind in kinds.items() if kind != AxisType.Manual}
 
-    @partial(
-        jax.shard_map,
-        mesh=mesh,
-        in_specs=(division.specs,),
-        out_specs=(out, out) if call.return_residual else out,
-        axis_names=free if AxisType.Manual in kinds.values() else set[str](),
-        check_vma=says_what_varies,
-    )
-    def on_device(part: list[Any]) -> Any:
+    def on_device(*part: Any) -> Any:
         local: Call = jax.tree.unflatten(structure, part)
         batch, _, heads, _ = local.query.shape
         first = _index(placement.examples) * batch, _index(placement.heads) * heads
         return run(at_shard(local, placement, division, first))
 
-    return on_device(leaves)
+    out_specs = (out, out) if call.return_residual else out
+    return on_devices(on_device, mesh, division.specs, out_specs, leaves, says_what_varies=says_what_varies)
+
+
+def on_devices(
+    function: Callable[..., Any],
+    mesh: Any,
+    in_specs: list[PartitionSpec],
+    out_specs: Any,
+    arguments: list[Any],
+    *,
+    says_what_varies: bool = True,
+) -> Any:
+    """Call a function on each device with its parts of the arguments, trees of arrays of which each has one spec."""
+    kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
+    if AxisType.Explicit in kinds.values():
+        # What is whole on every device is cut without communication.
+        arguments = [
+            jax.tree.map(partial(jax.sharding.reshard, out_shardings=NamedSharding(mesh, spec)), tree)
+            for tree, spec in zip(arguments, in_specs, strict=True)
+        ]
+    # Without names, all axes; a `vmap` over a sharded axis adds its own.
+    free = {axis for axis, kind in kinds.items() if kind != AxisType.Manual}
+    return jax.shard_map(
+        function,
+        mesh=mesh,
+        in_specs=tuple(in_specs),
+        out_specs=out_specs,
+        axis_names=free if AxisType.Manual in kinds.values() else set[str](),
+        check_vma=says_what_varies,
+    )(*arguments)
 
 
 def _refuse_closed_over(call: Call) -> None:

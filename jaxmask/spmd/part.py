@@ -39,7 +39,7 @@ def at_shard(part: Call, placement: Placement, division: Division, first: tuple[
         group = heads * placement.shards(placement.heads) // part.key.shape[2]
         key, value = (_own_heads(x, first[1], heads, group) for x in (key, value))
     if isinstance(bias, Partial):
-        bias = Partial(_bias_of_whole, bias, *first, np.int32(0))
+        bias = Partial(_bias_of_whole, bias, *first, np.int32(0), np.int32(0))
     if dropout is not None:
         dropout = replace(dropout, first_example=first[0], first_head=first[1])
     return replace(part, key=key, value=value, mask=jax.tree.unflatten(structure, units), bias=bias, dropout=dropout)
@@ -66,9 +66,9 @@ def _own_heads(x: Any, first: Any, heads: int, group: int) -> Any:
 
 
 def _bias_of_whole(
-    bias: Any, first_example: Any, first_head: Any, first: Any, b: Index, h: Index, q: Index, kv: Index
+    bias: Any, example: Any, head: Any, query: Any, key: Any, b: Index, h: Index, q: Index, kv: Index
 ) -> Any:
-    return bias(b + first_example, h + first_head, q + first, kv + first)
+    return bias(b + example, h + head, q + query, kv + key)
 
 
 class _AtShard(Mask):
@@ -129,6 +129,32 @@ def at_keys(call: Call, key: Any, value: Any, slots: Any) -> Call:
     )
 
 
+def at_run(call: Call, key: Any, value: Any, first: Any) -> Call:
+    """The call for the keys at hand, which are those from this index in the whole on."""
+    at, count = call.positions, key.shape[1]
+    bias: Any = call.bias
+    # Only a function that is a bias looks at them, for the mask reads by index.
+    keys: Any = at.keys if callable(bias) else None
+    if keys is not None:
+        keys = lax.dynamic_slice_in_dim(jnp.asarray(keys), first, count, np.ndim(keys) - 1)
+    elif isinstance(bias, Partial):
+        bias = Partial(_bias_of_whole, bias, np.int32(0), np.int32(0), np.int32(0), first)
+    if bias is not None and not callable(bias) and bias.shape[3] > 1:
+        bias = lax.dynamic_slice_in_dim(jnp.asarray(bias), first, count, 3)
+    dropout = call.dropout
+    if dropout is not None:
+        dropout = replace(dropout, keys=first + np.arange(count, dtype=np.int32))
+    return replace(
+        call,
+        key=key,
+        value=value,
+        mask=_Shifted(call.mask, np.int32(0), first),
+        bias=bias,
+        positions=replace(at, key_length=count, keys=keys),
+        dropout=dropout,
+    )
+
+
 def at_band(call: Call, key: Any, value: Any, before: int, index: Any, length: int) -> Call:
     """The call for the queries of the shard of this index, and for all keys from ``before`` before the first of them.
 
@@ -140,10 +166,12 @@ def at_band(call: Call, key: Any, value: Any, before: int, index: Any, length: i
     slots = first + np.arange(key.shape[1], dtype=np.int32)
     is_there = (slots >= 0) & (slots < length)
     units, structure = jax.tree.flatten(call.mask, is_leaf=is_unit)
-    units = [unit if isinstance(unit, Causal | SlidingWindow | Window) else _Shifted(unit, first) for unit in units]
+    units = [
+        unit if isinstance(unit, Causal | SlidingWindow | Window) else _Shifted(unit, first, first) for unit in units
+    ]
     bias, dropout = call.bias, call.dropout
     if isinstance(bias, Partial):
-        bias = Partial(_bias_of_whole, bias, np.int32(0), np.int32(0), first)
+        bias = Partial(_bias_of_whole, bias, np.int32(0), np.int32(0), first, first)
     if dropout is not None:
         dropout = replace(dropout, first_query=index * np.int32(count), keys=slots)
     return replace(
@@ -166,7 +194,7 @@ def at_heads(call: Call, query: Any, key: Any, value: Any, first: Any) -> Call:
     bias: Any = call.bias
     sinks, dropout = call.sinks, call.dropout
     if isinstance(bias, Partial):
-        bias = Partial(_bias_of_whole, bias, np.int32(0), first, np.int32(0))
+        bias = Partial(_bias_of_whole, bias, np.int32(0), first, np.int32(0), np.int32(0))
     elif bias is not None and bias.shape[1] > 1:
         bias = lax.dynamic_slice_in_dim(bias, first, count, 1)
     if dropout is not None:
@@ -189,10 +217,11 @@ def _columns(bias: Any, slots: Any) -> Any:
 
 
 class _Shifted(Mask):
-    """A mask of the whole, read by positions from ``first`` on."""
+    """A mask of the whole, read by positions of queries and of keys from these on."""
 
     mask: Mask
-    first: Scalar
+    query: Scalar
+    key: Scalar
 
     shape_is_complete = True
 
@@ -205,7 +234,7 @@ class _Shifted(Mask):
         """It was checked as what it is in the whole."""
 
     def allows(self, b: Index, h: Index, q: Index, kv: Index) -> Allowed:
-        return self.mask.allows(b, h, q + self.first, kv + self.first)
+        return self.mask.allows(b, h, q + self.query, kv + self.key)
 
     def tile_bounds(self, b: Index, h: Index, q: Span, kv: Span) -> Bounds:
-        return self.mask.tile_bounds(b, h, q.at(q.positions + self.first), kv.at(kv.positions + self.first))
+        return self.mask.tile_bounds(b, h, q.at(q.positions + self.query), kv.at(kv.positions + self.key))

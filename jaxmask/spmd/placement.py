@@ -9,7 +9,7 @@ from jax import lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jaxmask import checks
-from jaxmask.kernels.call import Call
+from jaxmask.kernels.call import Call, is_empty
 
 Axes = tuple[str, ...]
 
@@ -21,7 +21,7 @@ class Placement:
     Args:
         mesh: the devices; ``None`` inside of a ``shard_map``, where the arrays are those of one device.
         examples, heads, queries: names of axes of the mesh; empty where every device has all of them.
-        keys: those of the queries, or empty.
+        keys: those of the queries, or empty; any where every device has all queries.
     """
 
     mesh: Any
@@ -37,14 +37,20 @@ class Placement:
     def __str__(self) -> str:
         parts = [
             f"{what} over {' and '.join(map(repr, axes))} ({self.shards(axes)})"
-            for what, axes in (("batch", self.examples), ("heads", self.heads), ("sequence", self.queries))
+            for what, axes in (
+                *(("batch", self.examples), ("heads", self.heads), ("sequence", self.queries)),
+                ("keys", () if self.queries else self.keys),
+            )
             if axes
         ]
         return f"{', '.join(parts) or 'all of it on each device'}: queries and outputs stay where they are"
 
 
 def placement_of(
-    call: Call, sharding: PartitionSpec | NamedSharding | None, axis_name: str | Axes | None = None
+    call: Call,
+    sharding: PartitionSpec | NamedSharding | None,
+    axis_name: str | Axes | None = None,
+    context_parallel: object = None,
 ) -> tuple[Call, Placement | None]:
     """A call, and where its parts are, as the type of the query, ``sharding`` or ``axis_name`` says it.
 
@@ -54,42 +60,57 @@ def placement_of(
     Raises:
         TypeError, ValueError: ``sharding`` has another type, or the call cannot follow it.
     """
-    if sharding is not None and not isinstance(sharding, PartitionSpec | NamedSharding):
-        raise TypeError(
-            "sharding must be a PartitionSpec or a NamedSharding, that of the query, such as "
-            f'P("data", None, "model", None), got {checks.describe(sharding)}'
-        )
+    _check(sharding)
     typed = _explicit(call.query)
     if axis_name is not None:
-        return call, _inside(sharding, typed, axis_name)
+        merges = has_all_queries(axis_name, call.query, call.key, context_parallel)
+        return call, _inside(sharding, typed, axis_name, merges)
     if typed is None and sharding is None:
         return call, None
     call = replace(call, is_left_to_xla=False)
     if typed is None:
-        return call, _as_told(call, sharding)
+        return call, _as_told(call, sharding, merges=context_parallel == "merge")
     spec = _axes(typed.spec)
     if sharding is not None and _axes(_spec(sharding)) != spec:
         raise ValueError(
             f"sharding is {_spec(sharding)}, but the type of query says {typed.spec}: leave sharding out where the "
             "axes of the mesh are explicit"
         )
-    of_keys: list[Axes] = []
+    divided: list[Axes] = []
     for name, array in (("key", call.key), ("value", call.value)):
         at = _explicit(array)
         own = _axes(at.spec) if at is not None else ((),) * 4
-        if at is not None and any(one and one != other for one, other in zip(own, spec, strict=True)):
+        # Keys may be divided though the queries are not, over axes that divide nothing else.
+        may_be = spec if spec[1] or {*own[1]} & {*spec[0], *spec[2]} else (spec[0], own[1], *spec[2:])
+        if at is not None and any(one and one != other for one, other in zip(own, may_be, strict=True)):
             raise ValueError(
                 f"{name} is sharded as {at.spec}, but query as {typed.spec}: they must agree on batch and heads, and "
-                "on the sequence, of which each device may also have all keys; move one by jax.sharding.reshard"
+                "on the sequence, of which each device may also have all keys, or all queries; move one by "
+                "jax.sharding.reshard"
             )
-        of_keys.append(own[1])
-    return call, _placement("the type of query", spec, typed.mesh, call, keys=of_keys[0] or of_keys[1])
+        divided += [own[1]] if own[1] and own[1] not in divided else []
+    if len(divided) > 1:
+        raise ValueError(
+            f"key is divided over {list(divided[0])} along its sequence, but value over {list(divided[1])}: they must "
+            "agree; move one by jax.sharding.reshard"
+        )
+    return call, _placement("the type of query", spec, typed.mesh, call, keys=divided[0] if divided else ())
 
 
-def shards_of(axis_name: object, query: object, key: object) -> int:
+def division_of(x: Any, sharding: PartitionSpec | NamedSharding | None) -> tuple[Any, tuple[Axes, ...]] | None:
+    """The mesh, and the axes along each axis of an array, as its type says them, or ``sharding``."""
+    _check(sharding)
+    said = _explicit(x) or sharding
+    if said is None:
+        return None
+    mesh = said.mesh if isinstance(said, NamedSharding) else jax.sharding.get_abstract_mesh()
+    return mesh, _axes(_spec(said))
+
+
+def shards_of(axis_name: object, query: object, key: object, context_parallel: object = None) -> tuple[int, int]:
     """How many devices of the surrounding ``shard_map`` divide query and key, by the axes named; 1 for ``None``."""
     if axis_name is None:
-        return 1
+        return 1, 1
     names = axis_name if isinstance(axis_name, tuple) else (axis_name,)
     if not names or not all(isinstance(name, str) for name in names):
         raise TypeError(
@@ -103,21 +124,29 @@ def shards_of(axis_name: object, query: object, key: object) -> int:
             f"axis_name is {axis_name!r}, but there is no such axis here: it is for calls inside of a jax.shard_map "
             'over it; for arrays that are whole, say sharding=, the spec of the query, as P(None, "seq")'
         ) from None
-    # Where a shard_map does not check what varies, nothing does.
-    if all(isinstance(x, jax.Array) for x in (query, key)) and set(names) & (_varying(query) - _varying(key)):
+    if set(names) & (_varying(query) - _varying(key)):
         raise ValueError(
             f"key is the same on every device of {axis_name!r}, and query is not: where each has all keys, leave "
             "axis_name out and say offset=, the position of its first query"
         )
-    return size
+    return 1 if has_all_queries(axis_name, query, key, context_parallel) else size, size
+
+
+def has_all_queries(axis_name: object, query: object, key: object, context_parallel: object) -> bool:
+    """Whether the keys alone are divided over the devices of the surrounding ``shard_map``, and each has all queries.
+
+    Where it does not check what varies, only ``context_parallel`` says so.
+    """
+    names = axis_name if isinstance(axis_name, tuple) else (axis_name,)
+    return context_parallel == "merge" or set(names) <= _varying(key) - _varying(query)
 
 
 def _varying(x: Any) -> Any:
-    """The axes of the mesh over which an array varies."""
-    return jax.typeof(x).manual_axis_type.varying
+    """The axes of the mesh over which an array varies; where a ``shard_map`` does not check it, none."""
+    return jax.typeof(x).manual_axis_type.varying if isinstance(x, jax.Array) else frozenset()
 
 
-def _inside(sharding: Any, typed: Any, axis_name: str | Axes) -> Placement:
+def _inside(sharding: Any, typed: Any, axis_name: str | Axes, merges: bool) -> Placement:
     if sharding is not None:
         raise ValueError(
             f"axis_name is {axis_name!r} and sharding {sharding}: give sharding for arrays that are whole, and "
@@ -129,10 +158,10 @@ def _inside(sharding: Any, typed: Any, axis_name: str | Axes) -> Placement:
             "these axes, too"
         )
     axes = axis_name if isinstance(axis_name, tuple) else (axis_name,)
-    return Placement(None, queries=axes, keys=axes)
+    return Placement(None, queries=() if merges else axes, keys=axes)
 
 
-def _as_told(call: Call, sharding: Any) -> Placement | None:
+def _as_told(call: Call, sharding: Any, *, merges: bool) -> Placement | None:
     spec = _axes(_spec(sharding))
     mesh = sharding.mesh if isinstance(sharding, NamedSharding) else jax.sharding.get_abstract_mesh()
     if not any(spec):
@@ -143,10 +172,13 @@ def _as_told(call: Call, sharding: Any) -> Placement | None:
             "sharding=NamedSharding(mesh, spec)"
         )
     # As many keys as queries are those of the same sequence.
-    return _placement("sharding", spec, mesh, call, keys=spec[1] if call.key.shape[1] == call.query.shape[1] else ())
+    keys = spec[1] if merges or call.key.shape[1] == call.query.shape[1] else ()
+    return _placement("sharding", (spec[0], (), *spec[2:]) if merges else spec, mesh, call, keys=keys)
 
 
 def _placement(name: str, spec: tuple[Axes, ...], mesh: Any, call: Call, keys: Axes) -> Placement:
+    if not spec[1] and is_empty(call.query, call.key):
+        keys = ()
     for what, axes, array, axis in (
         *(("batch", spec[0], call.query, 0), ("the sequence", spec[1], call.query, 1)),
         *(("heads", spec[2], call.query, 2), ("dim", spec[3], call.query, 3), ("the keys", keys, call.key, 1)),
@@ -167,6 +199,7 @@ def _placement(name: str, spec: tuple[Axes, ...], mesh: Any, call: Call, keys: A
             raise ValueError(
                 f"{name} divides {what} into {shards}, but the {which} has {array.shape[axis]}: "
                 f"{checks.describe(array)}; leave the axis out, or fill it up"
+                + ('; where it divides the keys alone, say context_parallel="merge"' if what == "the sequence" else "")
             )
     return Placement(mesh, spec[0], spec[2], spec[1], keys)
 
@@ -176,6 +209,14 @@ def _explicit(x: Any) -> NamedSharding | None:
     sharding: Any = x.sharding if isinstance(x, jax.ShapeDtypeStruct) else jax.typeof(x).sharding
     is_explicit = isinstance(sharding, NamedSharding) and AxisType.Explicit in sharding.mesh.axis_types
     return sharding if is_explicit else None
+
+
+def _check(sharding: object) -> None:
+    if sharding is not None and not isinstance(sharding, PartitionSpec | NamedSharding):
+        raise TypeError(
+            "sharding must be a PartitionSpec or a NamedSharding, that of the query, such as "
+            f'P("data", None, "model", None), got {checks.describe(sharding)}'
+        )
 
 
 def _spec(sharding: PartitionSpec | NamedSharding) -> PartitionSpec:

@@ -20,7 +20,7 @@ from jaxmask.kernels.call import Call
 from jaxmask.mask import Unknown, without_arrays
 from jaxmask.tiles import EMPTY
 
-Scheme = Literal["halo", "gather", "ulysses", "ring"]
+Scheme = Literal["halo", "gather", "ulysses", "ring", "merge"]
 
 # The most tiles whose states are looked at; beyond, tiles of queries grow.
 _MOST_TILES = 2**24
@@ -39,9 +39,10 @@ class Plan:
 
     Args:
         queries, keys: how many of them are in a shard.
-        needed: bool ``[shards, shards, tiles]``, for each shard of queries, each shard of keys, and each tile of it.
-        pairs: float64 ``[shards, shards]``, how many pairs of a query and a key are in tiles that are not EMPTY, on the
-            mean of examples and heads.
+        needed: bool ``[shards, shards, tiles]``, for each shard of queries, each shard of keys, and each tile of it;
+            ``[1, shards, tiles]`` where every device has all queries.
+        pairs: float64 ``[shards, shards]``, or ``[1, shards]``, how many pairs of a query and a key are in tiles that
+            are not EMPTY, on the mean of examples and heads.
         is_exact: whether all of the mask and of the positions was known.
 
     Two plans are equal where the same is sent: a program that is compiled for one serves the other.
@@ -56,7 +57,7 @@ class Plan:
     @property
     def shards(self) -> int:
         """How many devices divide the sequence."""
-        return self.needed.shape[0]
+        return self.needed.shape[1]
 
     @property
     def tile(self) -> int:
@@ -105,9 +106,14 @@ class Plan:
         return (before * self.tile, after * self.tile) if (before + after) * self.tile <= self.fetched else None
 
     @property
+    def work(self) -> npt.NDArray[np.float64]:
+        """How many pairs each device has: those of its queries, or of its keys where it has all queries."""
+        return self.pairs.sum(1 if len(self.pairs) > 1 else 0)
+
+    @property
     def imbalance(self) -> float:
         """How many pairs the device with the most has, by the mean of all."""
-        work = self.pairs.sum(1)
+        work = self.work
         return float(work.max() / work.mean()) if work.any() else 1.0
 
     def table(self, shift: int) -> npt.NDArray[np.int32]:
@@ -144,16 +150,26 @@ class Plan:
             found["ulysses"] = Traffic(size, size)
         return found
 
+    def merged(self, query: Any, value: Any) -> Traffic:
+        """The bytes that a device receives where every one has all queries, and what they find is merged."""
+        (batch, queries, heads, dim), precise = query.shape, checks.at_least_float32(query.dtype)
+        # What is summed up over devices comes twice, but for their own share: once in parts, and once as a whole.
+        shares, rows = 2 * (self.shards - 1), batch * queries * heads
+        # Of each row the highest score, the sum of the weights, and the output; then the gradient of the query.
+        forward = shares * rows * (2 + value.shape[3]) * precise.itemsize // self.shards
+        return Traffic(forward, shares * rows * dim * query.dtype.itemsize // self.shards)
 
-def plan_of(call: Call, shards: int) -> Plan:
+
+def plan_of(call: Call, shards: int, *, has_all_queries: bool = False) -> Plan:
     """The plan of a call whose queries and keys are divided over so many devices.
 
     Args:
         call: of the whole sequence, whose arrays may be those of one device, or their shapes.
         shards: how many devices there are; it divides the lengths.
+        has_all_queries: whether keys alone are divided, and every device has all queries.
     """
-    at = call.positions
-    queries, keys = at.query_length // shards, at.key_length // shards
+    at, parts = call.positions, 1 if has_all_queries else shards
+    queries, keys = at.query_length // parts, at.key_length // shards
     # Small tiles in small shards, of which one tile would be much.
     least, tile = (_divisor(size, min(128, -(-size // 8))) for size in (queries, keys))
     known = without_arrays(call.mask) if is_static(at) else Unknown()
@@ -167,7 +183,7 @@ def plan_of(call: Call, shards: int) -> Plan:
     if checks.is_traced(states):
         # A function in the mask looks at what is traced.
         states = np.ones((1, 1, at.query_length // rows, kv_tiles), np.int8)
-    found = (np.asarray(states) != EMPTY).reshape(-1, shards, queries // rows, shards, keys // tile)
+    found = (np.asarray(states) != EMPTY).reshape(-1, parts, queries // rows, shards, keys // tile)
     pairs = found.sum((2, 4)).mean(0) * rows * tile
     return Plan(queries, keys, found.any((0, 2)), pairs, is_exact)
 

@@ -2,8 +2,9 @@
 
 Every scheme takes the call of one device, inside of a ``shard_map``: query, key and value are its shards, and the mask,
 the positions and all else are of the whole sequence. All but ``"ring"`` (in its own module) bring the keys to the
-queries, or the queries to the keys, and are then one call of any kernel. Their gradients are JAX's: what was gathered
-is scattered, what was permuted is permuted back.
+queries, or the queries to the keys, and are then one call of any kernel. Where every device has all queries, as of a
+step of decoding, and some of the keys, ``"merge"`` sends neither, but what each has found. Their gradients are JAX's:
+what was gathered is scattered, what was permuted is permuted back.
 """
 
 from collections.abc import Callable
@@ -16,9 +17,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from jaxmask.kernels import scores
 from jaxmask.kernels.call import Call, is_empty
 from jaxmask.mask import Full
-from jaxmask.spmd.part import at_band, at_heads, at_keys, at_queries
+from jaxmask.spmd.part import at_band, at_heads, at_keys, at_queries, at_run
 from jaxmask.spmd.placement import Placement
 from jaxmask.spmd.plan import Plan, Scheme, Traffic, plan_of
 from jaxmask.spmd.ring import ring
@@ -45,6 +47,8 @@ class Sequence:
         """What a device receives by each scheme that can do its call."""
         if self.plan is None:
             return {}
+        if self.forced == "merge":
+            return {"merge": self.plan.merged(call.query, call.value)}
         may_divide = not _keeps_heads(call, self.plan.shards)
         return self.plan.received(call.query, call.key, call.value, divides_heads=may_divide)
 
@@ -70,7 +74,7 @@ class Sequence:
             return None
         (batch, _, heads, dim), dim_v = call.query.shape, call.value.shape[3]
         imbalance = 1.0 if scheme == "ulysses" else self.plan.imbalance
-        pairs = batch * heads * self.plan.pairs.sum(1).mean() * imbalance
+        pairs = batch * heads * self.plan.work.mean() * imbalance
         return Cost(scheme, self.received(call), int(2 * (dim + dim_v) * pairs), imbalance, self.plan)
 
     def attend(self, call: Call, run: Run) -> Any:
@@ -117,13 +121,13 @@ class Cost:
 
     def __repr__(self) -> str:
         forward, backward = self.received[self.scheme]
-        others = [f"{name} {sum(traffic):,}" for name, traffic in self.received.items() if name != self.scheme]
+        others = ", ".join(f"{name} {sum(by):,}" for name, by in self.received.items() if name != self.scheme)
         lines = [
-            f"by {self.scheme!r}, a device receives {forward:,} bytes, and {backward:,} more for gradients; by others "
-            f"in all: {', '.join(others)}",
+            f"by {self.scheme!r}, a device receives {forward:,} bytes, and {backward:,} more for gradients"
+            + (f"; by others in all: {others}" if others else ""),
             f"the busiest device computes {self.flops:,} FLOPs, {self.imbalance:.2f} times the mean",
         ]
-        if not self.plan.is_exact:
+        if not self.plan.is_exact and self.scheme != "merge":
             lines.append(
                 "what of the mask is in JAX arrays is not known beforehand: a static mask beside it bounds what is "
                 "sent, as & SlidingWindow(longest) does for documents, and so do NumPy arrays"
@@ -131,10 +135,10 @@ class Cost:
         return "\n".join(lines)
 
     def show(self) -> None:
-        """Draw which shards of keys the queries of each shard need."""
+        """Draw which shards of keys the queries of each shard need, or all queries where each device has them."""
         plan = self.plan
         states = np.where(plan.needed.any(2), PARTIAL, EMPTY).astype(np.int8)[None, None]
-        lengths = plan.shards * plan.queries, plan.shards * plan.keys
+        lengths = len(states[0, 0]) * plan.queries, plan.shards * plan.keys
         TileMap(states, Full(), 0, *lengths, (plan.queries, plan.keys)).show()
 
 
@@ -147,14 +151,22 @@ def sequence_of(call: Call, placement: Placement, context_parallel: object) -> S
     if context_parallel is not None and context_parallel not in get_args(Scheme):
         names = ", ".join(map(repr, get_args(Scheme)))
         raise ValueError(f"context_parallel must be one of {names}, or None to choose, got {context_parallel!r}")
-    if not placement.keys:
-        if context_parallel is not None:
-            raise ValueError(no_keys_to_send(context_parallel))
+    if not placement.keys and context_parallel is not None:
+        raise ValueError(no_keys_to_send(context_parallel))
+    if not placement.keys or is_empty(call.query, call.key):
         return Sequence(placement.queries, None, None) if placement.queries else None
-    if is_empty(call.query, call.key):
-        return Sequence(placement.queries, None, None)
-    forced: Any = context_parallel
-    return Sequence(placement.queries, plan_of(call, placement.shards(placement.queries)), forced)
+    merges = not placement.queries
+    if context_parallel is not None and merges != (context_parallel == "merge"):
+        raise ValueError(
+            f"context_parallel is {context_parallel!r}, but every device has all queries, and some of the keys: these "
+            'are never sent, but what each finds is merged, by "merge"; leave it out, or divide the query as the keys'
+            if merges
+            else 'context_parallel is "merge", but the queries are divided as the keys: it is for a few queries that '
+            "every device has, and the others are for these"
+        )
+    forced: Any = "merge" if merges else context_parallel
+    plan = plan_of(call, placement.shards(placement.keys), has_all_queries=merges)
+    return Sequence(placement.keys, plan, forced)
 
 
 def no_keys_to_send(context_parallel: object) -> str:
@@ -249,8 +261,24 @@ def _ulysses(call: Call, axes: tuple[str, ...], plan: Plan, index: Any, run: Run
     return jax.tree.map(back, run(part))
 
 
+def _merge(call: Call, axes: tuple[str, ...], plan: Plan, index: Any, run: Run) -> Any:
+    """Every device attends to its own keys, for all queries; what they find is merged by the log-sum-exp."""
+    # A sink is a score without a key, and the first device has it.
+    sinks = None if call.sinks is None else jnp.where(index == 0, call.sinks, -jnp.inf)
+    first = index * np.int32(plan.keys)
+    out, lse = run(at_run(replace(call, sinks=sinks, return_residual=True), call.key, call.value, first))
+    highest = jnp.maximum(lax.pmax(lax.stop_gradient(lse), axes), scores.lowest(lse.dtype))
+    weights = jnp.exp(lse - highest)
+    total, merged = lax.psum((weights, out.astype(lse.dtype) * weights[..., None]), axes)
+    has_keys = total > 0
+    total = jnp.where(has_keys, total, 1)
+    merged = (merged / total[..., None]).astype(out.dtype)
+    return (merged, jnp.where(has_keys, highest + jnp.log(total), -jnp.inf)) if call.return_residual else merged
+
+
 _SCHEMES: dict[str, Callable[[Call, tuple[str, ...], Plan, Any, Run], Any]] = {
     "gather": _gather,
     "halo": _halo,
     "ulysses": _ulysses,
+    "merge": _merge,
 }

@@ -36,6 +36,14 @@ def typed(query: P, key: P, **how: Any) -> Any:
     return attend(put(query), put(key), **how)
 
 
+def by_two_axes() -> Any:
+    """Keys that are divided over another axis than their values."""
+    query, key, value = (
+        jax.device_put(X, NamedSharding(EXPLICIT, spec)) for spec in (P(), P(None, "seq"), P(None, "data"))
+    )
+    return jaxmask.attention(query, key, value, Causal())
+
+
 def inside(axis_name: Any = "seq", *, has_all_keys: bool = False, **how: Any) -> Any:
     """On one device of a ``shard_map``."""
 
@@ -70,7 +78,45 @@ test_bad_context_is_refused = refusals(
         bad("length", lambda: told(None, "seq", query=X[:, :15], key=X[:, :15]), ValueError, "sequence into 4", "15"),
         bad("queries", lambda: told(None, "seq", query=X[:, :6], offset=0), ValueError, "sequence into 4", "has 6"),
         bad("dim", lambda: told(None, None, None, "seq"), ValueError, "divides dim", "reshard"),
-        bad("keys-alone", lambda: typed(P(), P(None, "seq")), ValueError, "key is sharded", "agree", "reshard"),
+        bad(
+            "axis-of-examples",
+            lambda: typed(P("data"), P(None, "data")),
+            ValueError,
+            "key is sharded",
+            "agree",
+            "or all queries",
+            "reshard",
+        ),
+        bad(
+            "keys-alone-gathered",
+            lambda: typed(P(), P(None, "seq"), context_parallel="gather"),
+            ValueError,
+            "'gather'",
+            "has all queries",
+            '"merge"',
+        ),
+        bad(
+            "queries-merged",
+            lambda: typed(P(None, "seq"), P(None, "seq"), context_parallel="merge"),
+            ValueError,
+            '"merge"',
+            "divided as the keys",
+        ),
+        bad("keys-merged", lambda: told("data", context_parallel="merge"), ValueError, "'merge'", "has all keys"),
+        bad("two-divisions", by_two_axes, ValueError, r"key is divided over \['seq'\]", r"value over \['data'\]"),
+        bad(
+            "one-query",
+            lambda: told(None, "seq", query=X[:, :1], offset=15),
+            ValueError,
+            "sequence into 4, but the query has 1",
+            'context_parallel="merge"',
+        ),
+        bad(
+            "keys-that-do-not-divide",
+            lambda: told(None, "seq", query=X[:, :1], key=X[:, :15], offset=15, context_parallel="merge"),
+            ValueError,
+            "the keys into 4, but the key has 15",
+        ),
         bad("other-axis", lambda: typed(P(None, "seq"), P(None, "data")), ValueError, "key is sharded", "sequence"),
         bad(
             "heads",
