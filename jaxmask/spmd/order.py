@@ -11,7 +11,7 @@ from jaxtyping import Array, Int32, Integer, Shaped
 from jaxmask import checks
 from jaxmask.indices import is_static
 from jaxmask.mask import Mask, refuse_no_mask
-from jaxmask.spmd.plan import Plan
+from jaxmask.spmd.plan import MOST_TILES, Plan, divisor_near, tile_of
 from jaxmask.tiles import EMPTY
 
 Ints = npt.NDArray[np.integer[Any]]
@@ -60,17 +60,25 @@ def balanced_order(mask: Mask, length: int, shards: int, *, block: int = 512) ->
             f"{mask!r} holds arrays of JAX, but an order is found before anything runs: hand over NumPy arrays"
         )
     block = max(size for size in range(1, min(block, length // shards) + 1) if length // shards % size == 0)
+    # The tiles by which a plan is made, so that what is even here is so there.
+    tile = tile_of(length // shards)
+    tile = tile if block % tile == 0 else block
+    batch, heads, _ = mask.shape
+    rows = divisor_near(block, min(block, max(tile, -(-batch * heads * length**2 // tile // MOST_TILES))))
     with jax.ensure_compile_time_eval():
-        live = np.asarray(mask.tiles(length, length, block=block).states) != EMPTY
-    counts = live.sum((0, 1))
-    work = counts.sum(1)
+        live = np.asarray(mask.tiles(length, length, block=(rows, tile)).states) != EMPTY
+    blocks = length // block
+    pairs = live.sum((0, 1)).reshape(blocks, block // rows, blocks, block // tile).sum((1, 3)) * rows * tile
+    work = pairs.sum(1)
     in_order = np.arange(len(work)).reshape(shards, -1)
     known = [in_order, in_order.reshape(-1, shards).T]
     if in_order.shape[1] % 2 == 0:
         halves = in_order.reshape(2 * shards, -1)
         known.append(np.concatenate((halves[:shards], halves[: shards - 1 : -1]), 1))
-    deals = [*known, _by_work(work, shards), _exchanged(work, in_order)]
-    plans = [_plan(deal, counts, block) for deal in deals]
+    deals = [*known, _by_work(work, shards)]
+    most = min(_EVEN, *(_plan(deal, pairs, block).imbalance for deal in known))
+    deals.append(_exchanged(work, in_order, most))
+    plans = [_plan(deal, pairs, block) for deal in deals]
     uneven = [plan.imbalance for plan in plans]
     most = min(_EVEN * min(uneven), *uneven[: len(known)])
     fits = [i for i, imbalance in enumerate(uneven) if imbalance <= most]
@@ -78,11 +86,11 @@ def balanced_order(mask: Mask, length: int, shards: int, *, block: int = 512) ->
     return (best.reshape(-1, 1) * block + np.arange(block)).reshape(-1).astype(np.int32)
 
 
-def _plan(deal: Ints, counts: Ints, block: int) -> Plan:
-    """The plan of the blocks that each device has, ``[shards, blocks]``, by the live tiles of all pairs of blocks."""
-    found = counts[deal].sum(1)[:, deal]
+def _plan(deal: Ints, pairs: Ints, block: int) -> Plan:
+    """The plan of the blocks that each device has, ``[shards, blocks]``, by what is live of all pairs of blocks."""
+    found = pairs[deal].sum(1)[:, deal]
     size = deal.shape[1] * block
-    return Plan(size, size, found > 0, found.sum(2) * float(block**2), is_exact=True)
+    return Plan(size, size, found > 0, found.sum(2).astype(float), is_exact=True)
 
 
 def _by_work(work: Ints, shards: int) -> Ints:
@@ -92,14 +100,14 @@ def _by_work(work: Ints, shards: int) -> Ints:
     return rounds.T
 
 
-def _exchanged(work: Ints, deal: Ints) -> Ints:
-    """The blocks that each device has, when the busiest has changed some with the idlest until that gains nothing."""
+def _exchanged(work: Ints, deal: Ints, most: float) -> Ints:
+    """The blocks that each device has, when the busiest has changed some with the idlest until all are even enough."""
     deal = deal.copy()
     for _ in range(deal.size):
         of_device = work[deal].sum(1)
         busiest, idlest = of_device.argmax(), of_device.argmin()
         gap = of_device[busiest] - of_device[idlest]
-        if of_device[busiest] <= _EVEN * of_device.mean():
+        if of_device[busiest] <= most * of_device.mean():
             break
         gains = work[deal[busiest]][:, None] - work[deal[idlest]]
         gains = np.where((gains > 0) & (gains < gap), gains, 0)

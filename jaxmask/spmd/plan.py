@@ -23,7 +23,7 @@ from jaxmask.tiles import EMPTY
 Scheme = Literal["halo", "gather", "ulysses", "ring", "merge"]
 
 # The most tiles whose states are looked at; beyond, tiles of queries grow.
-_MOST_TILES = 2**24
+MOST_TILES = 2**24
 
 
 class Traffic(NamedTuple):
@@ -170,12 +170,11 @@ def plan_of(call: Call, shards: int, *, has_all_queries: bool = False) -> Plan:
     """
     at, parts = call.positions, 1 if has_all_queries else shards
     queries, keys = at.query_length // parts, at.key_length // shards
-    # Small tiles in small shards, of which one tile would be much.
-    least, tile = (_divisor(size, min(128, -(-size // 8))) for size in (queries, keys))
+    least, tile = tile_of(queries), tile_of(keys)
     known = without_arrays(call.mask) if is_static(at) else Unknown()
     batch, heads, _ = known.shape
     kv_tiles = at.key_length // tile
-    rows = _divisor(queries, max(least, -(-at.query_length * kv_tiles * batch * heads // _MOST_TILES)))
+    rows = divisor_near(queries, max(least, -(-at.query_length * kv_tiles * batch * heads // MOST_TILES)))
     with jax.ensure_compile_time_eval():
         where = at if is_static(at) else replace(at, first=None, queries=None, keys=None)
         states: Any = reading.states(known, where, (rows, tile), (call.query.shape[0], call.query.shape[2]))
@@ -188,7 +187,12 @@ def plan_of(call: Call, shards: int, *, has_all_queries: bool = False) -> Plan:
     return Plan(queries, keys, found.any((0, 2)), pairs, is_exact)
 
 
-def _divisor(size: int, near: int) -> int:
+def tile_of(size: int) -> int:
+    """How many tokens of a shard are looked at together: few in small shards, of which one tile would be much."""
+    return divisor_near(size, min(128, -(-size // 8)))
+
+
+def divisor_near(size: int, near: int) -> int:
     """A divisor of a size: the largest up to ``near``; where that would be a small part of it, the next above."""
     divisors = [part for part in range(1, size + 1) if size % part == 0]
     below = max(part for part in divisors if part <= near)

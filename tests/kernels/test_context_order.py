@@ -59,15 +59,19 @@ def test_even_work_in_order_stays_in_order() -> None:
     np.testing.assert_array_equal(balanced_order(Full(), LENGTH, SHARDS), np.arange(LENGTH))
 
 
-def test_documents_are_evened_without_fetching_all_keys() -> None:
-    lengths = np.random.default_rng(1).lognormal(np.log(4096), 1, 99).astype(int).clip(64)
+@pytest.mark.parametrize("seed", [1, 2, 7])
+def test_documents_are_evened_without_fetching_all_keys(seed: int) -> None:
+    lengths = np.random.default_rng(seed).lognormal(np.log(4096), 1, 99).astype(int).clip(64)
     ids = np.repeat(np.arange(99), lengths)[: 2**17][None]
     mask = Causal() & Segments(ids)
-    contiguous, dealt = (planned(mask, positions, 8) for positions in (np.arange(2**17), striped(2**17, 8, 512)))
+    orders = np.arange(2**17), zigzag(2**17, 8), striped(2**17, 8, 512)
+    contiguous, halved, dealt = (planned(mask, positions, 8) for positions in orders)
     found = planned(mask, balanced_order(mask, 2**17, 8), 8)
     assert contiguous.imbalance > 1.5
-    assert found.imbalance < 1.1
-    assert found.fetched < 0.75 * dealt.fetched
+    # In tiles of 128 tokens, though blocks are of 512.
+    assert found.imbalance <= min(contiguous.imbalance, halved.imbalance, dealt.imbalance)
+    assert found.imbalance < 1.05
+    assert found.fetched < 0.8 * dealt.fetched
 
 
 @pytest.mark.parametrize("as_array", [np.asarray, jnp.asarray])
