@@ -11,11 +11,11 @@ from tests.kernels.gloo_laws import CALLS, DEVICES, PROCESSES
 
 def test_two_processes_hold_the_laws_of_one() -> None:
     root = Path(__file__).parents[2]
-    # A port that the system gives, and that no other takes in the moment until the first process listens on it.
-    with socket.socket() as free:
-        free.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    # A port that the system gives. It is held, so that no other takes it, and shared with the process that listens.
+    held = socket.socket()
+    held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+    held.bind(("127.0.0.1", 0))
+    port = held.getsockname()[1]
     flags = f"--xla_force_host_platform_device_count={DEVICES} --xla_backend_optimization_level=0"
     environment = os.environ | {"PYTHONPATH": str(root), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
     started = [
@@ -31,6 +31,7 @@ def test_two_processes_hold_the_laws_of_one() -> None:
     try:
         said = [process.communicate(timeout=240)[0] for process in started]
     finally:
+        held.close()
         for process in started:
             process.kill()
     for process, text in zip(started, said, strict=True):
