@@ -233,13 +233,15 @@ class LayerCache(_Pytree):
     ) -> Float[Array, "batch own kv_heads dim"]:
         """``old``, the slots of this shard, with ``new`` in those of its tokens."""
         size, count = old.shape[1], step.count
-        slots, start, window = shard * size + np.arange(size, dtype=np.int32)[None], None, old
-        if count < size and not self._sees_overwritten(step):  # touch only as many slots as there are new tokens
-            first = shard * np.int32(size)
-            start = jnp.clip(step.before % self.key.shape[1] - first, 0, size - count)
+        first = shard * np.int32(size)
+        if count >= size or self._sees_overwritten(step):
+            start, window = None, old
+            positions = self._positions(step.after, first + np.arange(size, dtype=np.int32)[None])
+        else:  # touch only as many slots as there are new tokens
+            slot = step.before % self.key.shape[1] if self.is_ring else step.before
+            start = jnp.clip(slot - first, 0, size - count)
             window = jax.vmap(partial(lax.dynamic_slice_in_dim, slice_size=count))(old, start)
-            slots = first + start[:, None] + np.arange(count, dtype=np.int32)[None]
-        positions = self._positions(step.after, slots)
+            positions = (step.before - slot + first + start)[:, None] + np.arange(count, dtype=np.int32)[None]
         index = jnp.clip(positions - step.offset[:, None], 0, count - 1)
         new = jnp.take_along_axis(new, index[..., None, None], 1)
         window = step.or_nan(jnp.where(step.is_new(positions)[..., None, None], new, window))
