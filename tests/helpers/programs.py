@@ -18,7 +18,9 @@ _TRIPS = re.compile(r"known_trip_count\D*(\d+)")
 _CONDITION = re.compile(r"condition=%?([\w.\-]+)")
 _BOUND = re.compile(r"= s32\[\]\S* constant\((\d+)\)")
 # The devices of a group, listed, or as in [groups, devices]<=[…], or by axes of a mesh.
-_GROUP = re.compile(r"replica_groups=(?:\{\{([\d,]*)\}|\[\d+,(\d+)\]|mesh\[([^\]]*)\] \{([^}]*)\})")
+_GROUP = re.compile(
+    r"replica_groups=(?:\{\{([\d,]*)\}|\[\d+,(\d+)\]|mesh\[([^\]]*)\](?:, device_ids=\S+)? \{([^}]*)\})"
+)
 
 
 def collectives(compiled: Any) -> list[str]:
