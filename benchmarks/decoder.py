@@ -7,6 +7,7 @@ Half of the prompts are padded on the left. Ratios carry over to other machines,
 import argparse
 import gc
 import json
+import math
 import statistics
 import subprocess
 import sys
@@ -109,7 +110,8 @@ def products(theirs: Any, ours: Any, count: int, layers: int) -> float:
     @jax.jit
     def in_flax(state: Any, inputs: Any) -> Any:
         blocks = list(nnx.merge(graph, state).blocks)[:layers]
-        return [linear(inputs[linear.weight.shape[1]]) for block in blocks for linear in linears(block)]
+        of_each = [(linear, linear.weight.shape[-linear.count :]) for block in blocks for linear in linears(block)]
+        return [linear(inputs[math.prod(sizes)].reshape(count, *sizes)) for linear, sizes in of_each]
 
     @torch.no_grad()
     def in_torch(inputs: Any) -> Any:

@@ -1,7 +1,11 @@
-"""jaxmask for Flax: attention, caches, reference models, and generation of text."""
+"""jaxmask for Flax: attention, caches, reference models, and generation of text.
+
+:func:`axis_rules` shards the models over a mesh.
+"""
 
 from jaxmask.attention_fn import make_attention_fn
 from jaxmask.flax.cache import Cache, KeysAndValues, LayerCache, Seen, Step
+from jaxmask.flax.models.axes import axis_rules
 from jaxmask.flax.models.decoder import Decoder, DecoderConfig, DecoderLayer, Llama3Scaling, Rope
 from jaxmask.flax.models.encoder import Encoder, EncoderConfig, mean_pool
 from jaxmask.flax.models.generate import Generated, generate, left_pad
@@ -24,6 +28,7 @@ __all__ = [
     "Step",
     "T5Config",
     "T5Decoder",
+    "axis_rules",
     "generate",
     "left_pad",
     "make_attention_fn",

@@ -22,7 +22,7 @@ def test_linear_and_its_gradients_are_those_of_pytorch(
     shapes: tuple[list[int], int, int], use_bias: bool, seed: int
 ) -> None:
     (leading, size, to), generator = shapes, np.random.default_rng(seed)
-    ours = Linear(size, to, use_bias=use_bias, param_dtype=jnp.float32, rngs=nnx.Rngs(0))
+    ours = Linear({"dim": size}, {"hidden": to}, use_bias=use_bias, param_dtype=jnp.float32, rngs=nnx.Rngs(0))
     theirs = torch.nn.Linear(size, to, bias=use_bias)
     ours.weight[...] = jnp.asarray(theirs.weight.detach().numpy())
     if ours.bias is not None:

@@ -181,14 +181,14 @@ FITTING = [
         "shape",
         lambda: load_tensors(**{KERNEL: torch.ones(8, 11)}),
         VALUE,
-        rf"{KERNEL} is \[8, 11\] where layers.0.down.weight is \[8, 12\]",
+        rf"{KERNEL} is \[8, 11\] where layers.0.down.weight takes \[8, 12\]",
     ),
     bad(
         "heads-of-another-model",
         lambda: models.assemble(models.ARCHITECTURES["llama"], llama(4, 4).config, llama(8, 2).state_dict()),
         VALUE,
         r"q_proj.weight is \[16, 8\], .*k_proj.weight is \[4, 8\], .* where blocks.0.attention.query_key_value.weight "
-        r"is \[24, 8\], its parts \[8, 8, 8\]",
+        r"takes \[8, 8\], \[8, 8\], \[8, 8\]",
     ),
     bad("rank", lambda: load_tensors(**{KERNEL: torch.ones(8, 12, 1)}), VALUE, rf"{KERNEL} is \[8, 12, 1\] where"),
     bad(

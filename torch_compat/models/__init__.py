@@ -19,6 +19,7 @@ from jaxtyping import DTypeLike
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from jaxmask import checks
+from jaxmask.flax.models import axes
 from torch_compat.bridge import to_jax
 from torch_compat.models import decoders, encoders, t5
 from torch_compat.models.checkpoints import FROM_FILES_ALONE, check_config, file_in, read_json, read_safetensors
@@ -141,16 +142,19 @@ def assemble(
         except (ValueError, RuntimeError, IndexError, TypeError):
             tensors = [renamed[name] for name in parts]
         shapes = [tuple(tensor.shape) for tensor in tensors]
-        sizes = [names[name].size or variable.shape[0] for name in parts]
-        if shapes != [(size, *variable.shape[1:]) for size in sizes]:
+        expected = [names[name].whole(variable.shape) for name in parts]
+        if shapes != expected:
             what = ", ".join(f"{name} is {list(shape)}" for name, shape in zip(parts, shapes, strict=True))
-            of_parts = f", its parts {sizes}" if len(parts) > 1 else ""
-            problems.append(f"{what} where {target} is {list(variable.shape)}{of_parts}")
+            problems.append(f"{what} where {target} takes {', '.join(str(list(shape)) for shape in expected)}")
             continue
-        tensor = tensors[0] if len(tensors) == 1 else torch.cat(tensors)
+        tensors = [
+            tensor.reshape(names[name].part(variable.shape)) for name, tensor in zip(parts, tensors, strict=True)
+        ]
+        tensor = tensors[0] if len(tensors) == 1 else torch.cat(tensors, names[parts[0]].axis)
         # A copy, since the source may be trained on, and one that is not committed to a device.
         copy = jnp.array(np.asarray(to_jax(tensor.to(getattr(torch, variable.dtype.name)))))
-        filled[path] = variable.replace(copy)
+        # A module of another's may have no names for its dimensions.
+        filled[path] = variable.replace(axes.placed(copy, *variable.get_metadata("out_sharding", ())))
     if problems:
         raise ValueError(
             f"the weights do not fit {make.__name__}: {checks.several(problems)}. Is it the "

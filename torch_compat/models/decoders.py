@@ -192,31 +192,31 @@ def decoder_names(
     for i, layer in enumerate(config.layers):
         theirs, ours = f"model.layers.{i}", f"blocks.{i}"
         order = partial(_halves, dim=config.head_dim) if interleaved and layer.rope is not None else same
-        for short, name, heads in (
-            ("q", "query", config.heads),
-            ("k", "key", config.kv_heads),
-            ("v", "value", config.kv_heads),
-        ):
+        group = config.heads // config.kv_heads
+        for short, name, size in (("q", "query", group), ("k", "key", 1), ("v", "value", 1)):
             names |= linear(
                 f"{theirs}.self_attn.{short}_proj",
                 f"{ours}.attention.query_key_value",
                 bias=config.qkv_bias,
                 transform=same if short == "v" else order,
-                size=heads * config.head_dim,
+                size=size,
+                axis=1,
+                split=(3, 1),
             )
             if config.qk_norm == "weighted" and short != "v":
                 names |= rms_norm(f"{theirs}.self_attn.{short}_norm", f"{ours}.attention.{name}_norm", transform=scale)
-        names |= linear(f"{theirs}.self_attn.o_proj", f"{ours}.attention.out", bias=config.out_bias)
-        for name, our_name, size in (
-            ("gate", "gate_up", config.hidden_dim),
-            ("up", "gate_up", config.hidden_dim),
-            ("down", "down", None),
+        names |= linear(f"{theirs}.self_attn.o_proj", f"{ours}.attention.out", bias=config.out_bias, split=(1, 2))
+        for name, our_name, size, split in (
+            ("gate", "gate_up", 1, (2, 1)),
+            ("up", "gate_up", 1, (2, 1)),
+            ("down", "down", None, (1, 1)),
         ):
             names |= linear(
                 f"{theirs}.{feed_forward}.{name}_proj",
                 f"{ours}.feed_forward.{our_name}",
                 bias=config.hidden_bias,
                 size=size,
+                split=split,
             )
         norms = {"input_layernorm": "attention_norm", before_feed_forward: "feed_forward_norm"}
         if config.post_norm:

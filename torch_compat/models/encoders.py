@@ -33,8 +33,8 @@ def bert_names(config: EncoderConfig) -> Names:
     for i in range(config.layers):
         theirs, ours = f"encoder.layer.{i}", f"layers.{i}"
         for name in ("query", "key", "value"):
-            names |= linear(f"{theirs}.attention.self.{name}", f"{ours}.{name}")
-        names |= linear(f"{theirs}.attention.output.dense", f"{ours}.out")
+            names |= linear(f"{theirs}.attention.self.{name}", f"{ours}.{name}", split=(2, 1))
+        names |= linear(f"{theirs}.attention.output.dense", f"{ours}.out", split=(1, 2))
         names |= norm(f"{theirs}.attention.output.LayerNorm", f"{ours}.attention_norm")
         names |= linear(f"{theirs}.intermediate.dense", f"{ours}.up")
         names |= linear(f"{theirs}.output.dense", f"{ours}.down")

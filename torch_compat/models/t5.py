@@ -42,7 +42,12 @@ def t5_names(config: T5Config) -> Names:
                 names |= norm(f"{theirs}.{j}.layer_norm", f"{ours}.{kind}_norm", bias=False)
                 attention = {"self": "SelfAttention", "cross": "EncDecAttention"}[kind]
                 for letter, name in (("q", "query"), ("k", "key"), ("v", "value"), ("o", "out")):
-                    names |= linear(f"{theirs}.{j}.{attention}.{letter}", f"{ours}.{kind}_attention.{name}", bias=False)
+                    names |= linear(
+                        f"{theirs}.{j}.{attention}.{letter}",
+                        f"{ours}.{kind}_attention.{name}",
+                        bias=False,
+                        split=(1, 2) if letter == "o" else (2, 1),
+                    )
             last = f"{theirs}.{len(kinds)}"
             names |= norm(f"{last}.layer_norm", f"{ours}.mlp_norm", bias=False)
             names |= linear(f"{last}.DenseReluDense.wi", f"{ours}.up", bias=False)

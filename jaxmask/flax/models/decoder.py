@@ -17,10 +17,11 @@ from flax import nnx
 from jaxtyping import Array, Bool, DTypeLike, Float, Integer
 
 from jaxmask import checks
-from jaxmask.dispatch import Implementation, attention
+from jaxmask.dispatch import Implementation, Sharding, attention
 from jaxmask.flax.cache import Cache, LayerCache, Step, Valid, as_valid, consecutive
+from jaxmask.flax.models import axes
 from jaxmask.flax.models.blockwise import Blockwise
-from jaxmask.flax.models.layers import Linear, check_cache, convert_sizes, embed, last_token, project
+from jaxmask.flax.models.layers import Linear, check_cache, convert_sizes, embed, last_token, project, table
 from jaxmask.mask import And, Empty, Full, Mask, Or
 from jaxmask.masks import Causal, Chunked, Padding, Segments, Window
 
@@ -231,12 +232,13 @@ class DecoderConfig:
 
 
 class Context(NamedTuple):
-    """What all layers share in one call: where the tokens and blocks are, what the caller masks, how to attend."""
+    """What all layers share in one call: where tokens, blocks and devices are, what the caller masks, how to attend."""
 
     positions: Integer[Array | np.ndarray, "#batch q"]
     mask: Mask
     blocks: Mask | None
     step: Step | None
+    sharding: Sharding | None
     implementation: Implementation | None
 
 
@@ -247,23 +249,34 @@ class Norm(nnx.RMSNorm):
         self, size: int, config: DecoderConfig, param_dtype: DTypeLike, rngs: nnx.Rngs, *, use_scale: bool = True
     ) -> None:
         wide = checks.at_least_float32(param_dtype)
-        super().__init__(size, epsilon=config.epsilon, param_dtype=wide, use_scale=use_scale, rngs=rngs)
+        names = axes.named(norm=size)
+        super().__init__(
+            size, epsilon=config.epsilon, param_dtype=wide, use_scale=use_scale, scale_metadata=names, rngs=rngs
+        )
+        axes.settled(self)
 
     def __call__(self, x: Float[Array, "..."], mask: Bool[Array, "..."] | None = None) -> Float[Array, "..."]:
         return super().__call__(x, mask).astype(x.dtype)
 
 
 class Attention(nnx.Module):
-    """Grouped-query attention with rotary embeddings, over the tokens of the call or over a cache."""
+    """Grouped-query attention with rotary embeddings, over the tokens of the call or over a cache.
+
+    The weight of queries, keys and values is ``[kv_heads, group + 2, head_dim, dim]``: a head of keys, with the
+    ``group`` heads of queries that attend to it before it and its values after it.
+    """
 
     def __init__(self, config: DecoderConfig, layer: DecoderLayer, param_dtype: DTypeLike, rngs: nnx.Rngs) -> None:
         self.config, self.layer = config, layer
-        # One product in place of three: on a CPU, the start of each costs time in a decoding step.
-        self.heads = config.heads, config.kv_heads, config.kv_heads
-        self.sizes = tuple(config.head_dim * heads for heads in self.heads)
         linear = partial(Linear, param_dtype=param_dtype, rngs=rngs)
-        self.query_key_value = linear(config.dim, sum(self.sizes), use_bias=config.qkv_bias)
-        self.out = linear(self.sizes[0], config.dim, use_bias=config.out_bias)
+        # One product in place of three: on a CPU, the start of each costs time in a decoding step. A shard of its heads
+        # has whole heads of each.
+        group = {"query_key_value": config.heads // config.kv_heads + 2, "head_dim": config.head_dim}
+        self.query_key_value = linear(
+            {"dim": config.dim}, {"kv_heads": config.kv_heads, **group}, use_bias=config.qkv_bias
+        )
+        heads = {"heads": config.heads, "head_dim": config.head_dim}
+        self.out = linear(heads, {"dim": config.dim}, use_bias=config.out_bias)
         # Without a scale they have no weights, so that a model that does not use them may have them.
         norm = partial(Norm, config.head_dim, config, param_dtype, rngs, use_scale=config.qk_norm == "weighted")
         self.query_norm, self.key_norm = norm(), norm()
@@ -271,13 +284,11 @@ class Attention(nnx.Module):
     def __call__(
         self, x: Float[Array, "batch q dim"], context: Context, cache: LayerCache | None
     ) -> tuple[Float[Array, "batch q dim"], LayerCache | None]:
-        config, layer, (positions, mask, blocks, step, implementation) = self.config, self.layer, context
-        query, key, value = (
-            part.reshape(*x.shape[:2], heads, config.head_dim)
-            for part, heads in zip(
-                jnp.split(self.query_key_value(x), np.cumsum(self.sizes[:2]), -1), self.heads, strict=True
-            )
-        )
+        config, layer, (positions, mask, blocks, step, sharding, implementation) = self.config, self.layer, context
+        joined = self.query_key_value(x)
+        # From [batch, q, kv_heads, group, dim] to [batch, q, heads, dim].
+        query = joined[..., :-2, :].reshape(*x.shape[:2], config.heads, config.head_dim)
+        key, value = joined[..., -2, :], joined[..., -1, :]
         if config.qk_norm == "weighted":
             query, key = self.query_norm(query), self.key_norm(key)
         if layer.rope is not None:
@@ -290,29 +301,28 @@ class Attention(nnx.Module):
             # Padding before a text has negative positions, whose logarithm would be NaN.
             times = 1 + slope * jnp.log1p(jnp.floor((jnp.maximum(positions, 0) + 1) / floor))
             query = query * times[..., None, None].astype(query.dtype)
-        scale, cap = config.attention_scale, config.attention_cap
+        how: Any = {"scale": config.attention_scale, "logits_soft_cap": config.attention_cap}
+        how |= {"sharding": sharding, "implementation": implementation}
         own = layer.mask(positions if step is None else None, blocks, blocks_exceed_window=config.blocks_exceed_window)
         if cache is None or step is None:
-            mask = mask & own
-            out = attention(query, key, value, mask, scale=scale, logits_soft_cap=cap, implementation=implementation)
+            out = attention(query, key, value, mask & own, **how)
         else:
-            new = query, key, value
-            out, cache = cache.attend(step, *new, own, scale=scale, logits_soft_cap=cap, implementation=implementation)
-        return self.out(out.reshape(*x.shape[:2], self.sizes[0])), cache
+            out, cache = axes.heads_beside(cache, key).attend(step, query, key, value, own, **how)
+        return self.out(out), cache
 
 
 class FeedForward(nnx.Module):
-    """A gated feed-forward network (https://arxiv.org/abs/2002.05202)."""
+    """A gated feed-forward network (https://arxiv.org/abs/2002.05202). Its first weight is ``[2, hidden, dim]``."""
 
     def __init__(self, config: DecoderConfig, param_dtype: DTypeLike, rngs: nnx.Rngs) -> None:
         linear = partial(Linear, use_bias=config.hidden_bias, param_dtype=param_dtype, rngs=rngs)
         self.activation = ACTIVATIONS[config.activation]
-        self.gate_up = linear(config.dim, 2 * config.hidden_dim)
-        self.down = linear(config.hidden_dim, config.dim)
+        self.gate_up = linear({"dim": config.dim}, {"gate_up": 2, "hidden": config.hidden_dim})
+        self.down = linear({"hidden": config.hidden_dim}, {"dim": config.dim})
 
     def __call__(self, x: Float[Array, "batch q dim"]) -> Float[Array, "batch q dim"]:
-        gate, up = jnp.split(self.gate_up(x), 2, -1)
-        return self.down(self.activation(gate) * up)
+        joined = self.gate_up(x)
+        return self.down(self.activation(joined[..., 0, :]) * joined[..., 1, :])
 
 
 class Block(nnx.Module):
@@ -337,7 +347,7 @@ class Block(nnx.Module):
 
 
 class Decoder(nnx.Module):
-    """A decoder of the Llama family, from tokens to logits.
+    """A decoder of the Llama family, from tokens to logits. Under :func:`axis_rules` it is sharded over a mesh.
 
     Args:
         config: its sizes and its layers.
@@ -356,17 +366,20 @@ class Decoder(nnx.Module):
 
     def __init__(self, config: DecoderConfig, *, param_dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs) -> None:
         self.config = config
-        self.embedding = nnx.Embed(config.vocab_size, config.dim, param_dtype=param_dtype, rngs=rngs)
+        self.embedding = table({"vocab": config.vocab_size, "dim": config.dim}, param_dtype, rngs)
         self.blocks = nnx.List([Block(config, layer, param_dtype, rngs) for layer in config.layers])
         self.norm = Norm(config.dim, config, param_dtype, rngs)
         head = partial(Linear, use_bias=False, param_dtype=param_dtype, rngs=rngs)
-        self.head = None if config.tied else head(config.dim, config.vocab_size)
+        self.head = None if config.tied else head({"dim": config.dim}, {"vocab": config.vocab_size})
 
     def empty_cache(self, batch: SupportsIndex, length: SupportsIndex) -> Cache:
-        """A cache for ``batch`` texts of at most ``length`` tokens. It raises as :meth:`Cache.empty` does."""
+        """A cache for ``batch`` texts of at most ``length`` tokens, where the rules of axes put it.
+
+        It raises as :meth:`Cache.empty` does.
+        """
         config, dtype = self.config, self.embedding.embedding.dtype
-        heads: Any = {"kv_heads": config.kv_heads, "dim": config.head_dim}
-        return Cache.empty(batch, length, layers=self._windows, **heads, dtype=dtype)
+        heads = {"kv_heads": config.kv_heads}
+        return axes.empty_cache(batch, length, self._windows, heads, config.head_dim, dtype)
 
     @property
     def _windows(self) -> list[int | None]:
@@ -386,7 +399,10 @@ class Decoder(nnx.Module):
             valid: bool or 0/1, false for padding, whose id may be any; ``None`` if there is no padding.
         """
         valid = None if valid is None else as_valid(valid, checks.array("tokens", tokens, "i", 2).shape)
-        return embed("tokens", tokens, self.embedding, valid) * self.config.embedding_scale
+        return self._embed(tokens, valid)
+
+    def _embed(self, tokens: Any, valid: Any, *, has_cache: bool = False) -> Float[Array, "batch q dim"]:
+        return embed("tokens", tokens, self.embedding, valid, has_cache=has_cache) * self.config.embedding_scale
 
     def __call__(
         self,
@@ -430,6 +446,8 @@ class Decoder(nnx.Module):
             raise ValueError(f"tokens must have at least one token in a row, got {checks.describe(tokens)}")
         if valid is not None:
             valid = as_valid(valid, tokens.shape)
+            if checks.is_traced(valid):
+                valid = axes.placed(valid, "batch", None if cache is not None else "length")
         if cache is not None:
             heads = self.config.kv_heads, self.config.head_dim
             check_cache(cache, tokens, self._windows, heads, self.embedding.embedding.dtype)
@@ -448,6 +466,12 @@ class Decoder(nnx.Module):
                 f"embeddings must be [batch, q, dim] = {[*tokens.shape, self.config.dim]}, one for each of tokens, got "
                 f"{checks.describe(embeddings)}"
             )
+        if embeddings is None:
+            x = self._embed(tokens, valid, has_cache=cache is not None)
+        else:
+            x = jnp.asarray(embeddings).astype(self.embedding.embedding.dtype)
+            x = axes.placed(x, "batch", None if cache is not None else "length", None)
+        cache = None if cache is None else axes.rows_beside(cache, x)
         step, is_given = None if cache is None else cache.step(tokens.shape[1], valid), positions is not None
         fits: Array | np.ndarray | None = None
         if step is not None:
@@ -468,11 +492,9 @@ class Decoder(nnx.Module):
         if block_sequence_ids is not None:
             ids = jnp.asarray(block_sequence_ids).astype(jnp.int32)
             blocks = Blockwise(ids, 0 if step is None else step.offset)
-        context = Context(positions, mask if valid is None else mask & Padding(valid), blocks, step, implementation)
-        if embeddings is None:
-            x = self.embed(tokens, valid)
-        else:
-            x = jnp.asarray(embeddings).astype(self.embedding.embedding.dtype)
+        mask = mask if valid is None else mask & Padding(valid)
+        sharding = axes.query_sharding(has_cache=step is not None)
+        context = Context(positions, mask, blocks, step, sharding, implementation)
         layers: list[LayerCache] = []
         for i, block in enumerate(self.blocks):
             x, layer = block(x, context, None if cache is None else cache.layers[i])

@@ -12,7 +12,8 @@ from jaxtyping import Array, DTypeLike, Float, Integer
 from jaxmask import checks
 from jaxmask.dispatch import Implementation, attention
 from jaxmask.flax.cache import Valid
-from jaxmask.flax.models.layers import Linear, convert_sizes, embed
+from jaxmask.flax.models import axes
+from jaxmask.flax.models.layers import Linear, convert_sizes, embed, table
 from jaxmask.mask import Full, Mask
 from jaxmask.masks import Padding
 
@@ -58,17 +59,19 @@ class EncoderLayer(nnx.Module):
 
     def __init__(self, config: EncoderConfig, param_dtype: DTypeLike, rngs: nnx.Rngs) -> None:
         linear = partial(Linear, param_dtype=param_dtype, rngs=rngs)
-        dim, self.heads = config.dim, config.heads
-        self.query, self.key, self.value, self.out = (linear(dim, dim) for _ in range(4))
+        dim, hidden = {"dim": config.dim}, {"hidden": config.hidden_dim}
+        heads = {"heads": config.heads, "head_dim": config.dim // config.heads}
+        self.query, self.key, self.value = (linear(dim, heads) for _ in range(3))
+        self.out = linear(heads, dim)
         self.attention_norm = _norm(config, param_dtype, rngs)
-        self.up, self.down = linear(dim, config.hidden_dim), linear(config.hidden_dim, dim)
+        self.up, self.down = linear(dim, hidden), linear(hidden, dim)
         self.mlp_norm = _norm(config, param_dtype, rngs)
 
     def __call__(self, hidden: Hidden, mask: Mask, implementation: Implementation | None = None) -> Hidden:
-        heads = (*hidden.shape[:2], self.heads, hidden.shape[2] // self.heads)
-        query, key, value = (project(hidden).reshape(heads) for project in (self.query, self.key, self.value))
-        attended = attention(query, key, value, mask, implementation=implementation)
-        hidden = self.attention_norm(hidden + self.out(attended.reshape(hidden.shape)))
+        query, key, value = (project(hidden) for project in (self.query, self.key, self.value))
+        sharding = axes.query_sharding(has_cache=False)
+        attended = attention(query, key, value, mask, sharding=sharding, implementation=implementation)
+        hidden = self.attention_norm(hidden + self.out(attended))
         return self.mlp_norm(hidden + self.down(jax.nn.gelu(self.up(hidden), approximate=False)))
 
 
@@ -92,10 +95,11 @@ class Encoder(nnx.Module):
     """
 
     def __init__(self, config: EncoderConfig, *, param_dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs) -> None:
-        table = partial(nnx.Embed, features=config.dim, param_dtype=param_dtype, rngs=rngs)
         self.config = config
-        self.words, self.positions = table(config.vocab_size), table(config.max_length)
-        self.types = table(config.token_types)
+        sizes = {"vocab": config.vocab_size, "positions": config.max_length, "token_types": config.token_types}
+        self.words, self.positions, self.types = (
+            table({name: size, "dim": config.dim}, param_dtype, rngs) for name, size in sizes.items()
+        )
         self.norm = _norm(config, param_dtype, rngs)
         self.layers = nnx.List([EncoderLayer(config, param_dtype, rngs) for _ in range(config.layers)])
 
@@ -175,6 +179,6 @@ def _like(tokens: Array | np.ndarray, name: str, array: Valid, kinds: str) -> Va
 
 def _norm(config: EncoderConfig, param_dtype: DTypeLike, rngs: nnx.Rngs) -> nnx.LayerNorm:
     # The fast variance, a difference of two means, loses digits that PyTorch keeps.
-    return nnx.LayerNorm(
-        config.dim, epsilon=config.epsilon, use_fast_variance=False, param_dtype=param_dtype, rngs=rngs
-    )
+    norm = partial(nnx.LayerNorm, epsilon=config.epsilon, use_fast_variance=False, param_dtype=param_dtype, rngs=rngs)
+    names = axes.named(norm=config.dim)
+    return axes.settled(norm(config.dim, scale_metadata=names, bias_metadata=names))

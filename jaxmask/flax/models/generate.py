@@ -10,10 +10,12 @@ import numpy as np
 from flax import nnx
 from jax import lax
 from jax.experimental import io_callback
+from jax.sharding import AxisType
 from jaxtyping import Array, Bool, Float, Int, Integer
 
 from jaxmask import checks
 from jaxmask.flax.cache import Cache, Valid, as_valid
+from jaxmask.flax.models import axes
 
 OnTokens = Callable[[np.ndarray, np.ndarray], None]
 # How to draw a token: a key, a temperature and top_p.
@@ -179,10 +181,19 @@ def generate(
         checks.fits_int32("block_sequence_ids", checks.array("block_sequence_ids", block_sequence_ids, "i", 2))
     images = {name: jnp.asarray(array) for name, array in given.items() if array is not None}
     valid = None if valid is None else jnp.asarray(valid)
-    logits, cache = prefill(graph, state, cache, jnp.asarray(tokens), valid, images)
+    # Which rules of axes a program was traced with is not in the keys of JAX's cache.
+    rules = axes.current_rules()
+    prompts = jnp.asarray(tokens), valid, images
+    mesh = jax.sharding.get_abstract_mesh()
+    if not rules and AxisType.Explicit in mesh.axis_types:
+        # Where the types put keys and values of prompts, so that they are written into the cache in place.
+        like = jax.eval_shape(partial(prefill, graph), state, cache, *prompts)[1]
+        cache = jax.tree.map(lambda x, to: axes.put(x, mesh, *to.sharding.spec), cache, like)
+    logits, cache = prefill(graph, state, cache, *prompts, rules=rules)
     draw = None if not temperature else (key, jnp.float32(temperature), None if top_p is None else jnp.float32(top_p))
     ends, top_k = _ends(end), None if top_k is None else min(int(top_k), vocab_size)
-    return decode(graph, state, cache, logits, draw, ends, jnp.int32(pad), new=new, top_k=top_k, on_tokens=on_tokens)[0]
+    how: Any = {"new": new, "top_k": top_k, "on_tokens": on_tokens, "rules": rules}
+    return decode(graph, state, cache, logits, draw, ends, jnp.int32(pad), **how)[0]
 
 
 def check_settings(*, max_new_tokens: int, temperature: float, top_k: int | None, top_p: float | None) -> None:
@@ -201,7 +212,7 @@ def check_settings(*, max_new_tokens: int, temperature: float, top_k: int | None
         raise ValueError(f"top_p must be above 0 and at most 1, got {checks.describe(top_p)}")
 
 
-@partial(jax.jit, static_argnums=0, donate_argnums=2)
+@partial(jax.jit, static_argnums=0, static_argnames="rules", donate_argnums=2)
 def prefill(
     graph: nnx.GraphDef[Any],
     state: Weights,
@@ -209,16 +220,19 @@ def prefill(
     tokens: Integer[Array, "batch length"],
     valid: Bool[Array, "batch length"] | None,
     images: dict[str, Any] | None = None,
+    *,
+    rules: axes.Rules = (),
 ) -> tuple[Float[Array, "batch vocab"], Cache | None]:
     """The logits after each prompt, and the cache with the prompts.
 
-    ``images`` are the arguments of the model that say where blocks and images are, by name.
+    ``images`` are the arguments of the model that say where blocks and images are, by name. ``rules`` are those of
+    axes, under which it is called.
     """
     logits, filled = nnx.merge(graph, state)(tokens, valid, cache=cache, last_only=True, **(images or {}))
     return logits[:, 0], filled
 
 
-@partial(jax.jit, static_argnums=0, static_argnames=("new", "top_k", "on_tokens"), donate_argnums=2)
+@partial(jax.jit, static_argnums=0, static_argnames=("new", "top_k", "on_tokens", "rules"), donate_argnums=2)
 def decode(
     graph: nnx.GraphDef[Any],
     state: Weights,
@@ -231,8 +245,12 @@ def decode(
     new: int,
     top_k: int | None,
     on_tokens: OnTokens | None,
+    rules: axes.Rules = (),
 ) -> tuple[Generated, Cache | None]:
-    """Choose a token by the logits and compute the logits after it, until all rows have ended."""
+    """Choose a token by the logits and compute the logits after it, until all rows have ended.
+
+    ``rules`` are those of axes, under which it is called.
+    """
 
     def choose(i: Array, logits: Array, is_done: Array, tokens: Array) -> tuple[Array, Array, Array]:
         token = jnp.where(is_done, pad, _choose(logits, i, draw, top_k)).astype(jnp.int32)
@@ -248,11 +266,9 @@ def decode(
         token, is_done, tokens = choose(i, logits[:, 0], is_done, tokens)
         return i + 1, token, cache, is_done, lengths, tokens
 
-    batch = len(logits)
-    token, is_done, tokens = choose(
-        jnp.int32(0), logits, jnp.zeros(batch, bool), jnp.full((batch, new), pad, jnp.int32)
-    )
-    carry = jnp.int32(1), token, cache, is_done, jnp.ones(batch, jnp.int32), tokens
+    rows = partial(axes.rows_of, logits)
+    token, is_done, tokens = choose(jnp.int32(0), logits, rows(value=False), rows(new, value=pad))
+    carry = jnp.int32(1), token, cache, is_done, rows(value=jnp.int32(1)), tokens
     carry = lax.while_loop(lambda carry: (carry[0] < new) & ~carry[3].all(), body, carry)
     return Generated(carry[5], carry[4]), carry[2]
 
@@ -262,6 +278,8 @@ def _choose(logits: Float[Array, "batch vocab"], i: Array, draw: Draw | None, to
         token = logits.argmax(-1)
     else:
         key, temperature, top_p = draw
+        if (mesh := axes.explicit_mesh(logits)) is not None:
+            logits = axes.put(logits, mesh, axes.spec(logits)[0])  # to sort them takes all of the vocabulary
         # By a small temperature a logit becomes infinite, and the difference to the largest one minus infinity at most.
         below = logits.astype(jnp.float32) - logits.max(-1, keepdims=True).astype(jnp.float32)
         token = jax.random.categorical(jax.random.fold_in(key, i), likely(below, temperature, top_k, top_p))
@@ -285,6 +303,7 @@ def likely(
         order = jnp.argsort(logits, axis=-1)
         sums = jax.nn.softmax(jnp.take_along_axis(logits, order, -1), -1).cumsum(-1)
         keep = (sums > 1 - top_p).at[:, -1].set(True)
-        keep = jnp.put_along_axis(jnp.zeros_like(keep), order, keep, -1, inplace=False)
+        # Back in the order of tokens. JAX has no scatter of rows that are sharded.
+        keep = jnp.take_along_axis(keep, jnp.argsort(order, axis=-1), -1)
         logits = jnp.where(keep, logits, -jnp.inf)
     return logits

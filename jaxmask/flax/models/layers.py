@@ -1,45 +1,80 @@
 """What the models share: linear projections, token embeddings, and the checks of sizes and caches."""
 
 from collections.abc import Sequence
+from itertools import chain
+from math import prod
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, DTypeLike, Float, Integer
 
 from jaxmask import checks
 from jaxmask.flax.cache import Cache
+from jaxmask.flax.models import axes
 
 
-def project(x: Float[Array, "... in"], weight: Float[Array, "out in"]) -> Float[Array, "... out"]:
-    """``x @ weight.T``, computed with the larger of the two on the left.
+def project(x: Float[Array, "..."], weight: Float[Array, "..."], count: int = 1) -> Float[Array, "..."]:
+    """The product of ``[*rows, *in]`` and ``[*out, *in]``, ``[*rows, *out]``, where ``in`` has ``count`` dimensions.
 
-    On a CPU, XLA first copies the right operand of a product into the order in which it reads it. A decoding step has
-    few tokens. With the weight on the right, copying it would take twice the time of the product itself.
+    The larger of the two is on the left. On a CPU, XLA first copies the right operand of a product into the order in
+    which it reads it. A decoding step has few tokens. With the weight on the right, copying it would take twice the
+    time of the product itself.
     """
-    if x.size // x.shape[-1] >= len(weight):
-        return x @ weight.T
-    return jnp.moveaxis(jnp.tensordot(weight, x, ((1,), (x.ndim - 1,))), 0, -1)
+    rows, out = x.ndim - count, weight.ndim - count
+    of_x, of_weight = tuple(range(rows, x.ndim)), tuple(range(out, weight.ndim))
+    if (mesh := axes.explicit_mesh(x, weight)) is not None:
+        x, weight = axes.agree(mesh, x, weight, count)
+
+    def at(*specs: tuple[Any, ...]) -> NamedSharding | None:
+        return None if mesh is None else NamedSharding(mesh, PartitionSpec(*chain(*specs)))
+
+    if prod(x.shape[:rows]) >= prod(weight.shape[:out]):
+        sharding = at(axes.spec(x)[:rows], axes.spec(weight)[:out])
+        return jnp.tensordot(x, weight, (of_x, of_weight), out_sharding=sharding)
+    sharding = at(axes.spec(weight)[:out], axes.spec(x)[:rows])
+    product = jnp.tensordot(weight, x, (of_weight, of_x), out_sharding=sharding)
+    return jnp.moveaxis(product, range(out), range(rows, rows + out))
 
 
 class Linear(nnx.Module):
-    """A linear projection whose weight is ``[out, in]``.
+    """A linear projection whose weight is ``[*out, *in]``, where each dimension has a name.
 
     ``nnx.Linear`` has ``[in, out]``. This order makes :func:`project` fast for one token and for many, and a PyTorch
-    checkpoint needs no transposing.
+    checkpoint needs no transposing. What is sharded is a dimension of its own, so that a part of it is whole heads.
+
+    Args:
+        size, to: the names and sizes of the dimensions of inputs and outputs, as in :mod:`jaxmask.flax.models.axes`.
     """
 
-    def __init__(self, size: int, to: int, *, use_bias: bool = True, param_dtype: DTypeLike, rngs: nnx.Rngs) -> None:
-        initializer = jax.nn.initializers.lecun_normal(in_axis=1, out_axis=0)
-        self.weight = nnx.Param(initializer(rngs.params(), (to, size), param_dtype))
-        self.bias = nnx.Param(jnp.zeros(to, param_dtype)) if use_bias else None
+    def __init__(
+        self,
+        size: dict[str, int],
+        to: dict[str, int],
+        *,
+        use_bias: bool = True,
+        param_dtype: DTypeLike,
+        rngs: nnx.Rngs,
+    ) -> None:
+        sizes, self.count = {**to, **size}, len(size)
+        out, all_of = range(len(to)), range(len(sizes))
+        initializer = jax.nn.initializers.lecun_normal(in_axis=all_of[len(to) :], out_axis=out)
+        self.weight = nnx.Param(initializer(rngs.params(), tuple(sizes.values()), param_dtype), **axes.named(**sizes))
+        self.bias = nnx.Param(jnp.zeros(tuple(to.values()), param_dtype), **axes.named(**to)) if use_bias else None
+        axes.settled(self)
 
-    def __call__(self, x: Float[Array, "... in"]) -> Float[Array, "... out"]:
-        out = project(x, self.weight[...])
-        return out if self.bias is None else out + jnp.expand_dims(self.bias[...], tuple(range(out.ndim - 1)))
+    def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
+        out = project(x, self.weight[...], self.count)
+        return out if self.bias is None else out + axes.beside(self.bias[...], out)
+
+
+def table(size: dict[str, int], param_dtype: DTypeLike, rngs: nnx.Rngs) -> nnx.Embed:
+    """A table of embeddings, whose two dimensions have these names and sizes."""
+    names = axes.named(**size)
+    return axes.settled(nnx.Embed(*size.values(), param_dtype=param_dtype, embedding_metadata=names, rngs=rngs))
 
 
 def embed(
@@ -47,24 +82,26 @@ def embed(
     ids: Integer[Array | np.ndarray, "batch q"],
     table: nnx.Embed,
     valid: Bool[Array | np.ndarray, "batch q"] | None,
+    *,
+    has_cache: bool = False,
 ) -> Float[Array, "batch q dim"]:
     """The embedding of each id. An id outside the table gives NaN, except at padding.
+
+    Embeddings are where the rules of axes put tokens, of which a step of decoding has too few to divide them.
 
     Raises:
         ValueError: an id does not fit an int32. The message calls the ids ``name``.
     """
     checks.fits_int32(name, ids)
-    ids = jnp.asarray(ids).astype(jnp.int32)
+    ids = axes.placed(jnp.asarray(ids).astype(jnp.int32), "batch", None if has_cache else "length")
     clipped = ids.clip(0, table.num_embeddings - 1)
     is_unknown = ids != clipped
     if valid is not None:
         is_unknown = is_unknown & valid
     # On a mesh with explicit axes, the embeddings of tokens are where the tokens are.
-    at = jax.typeof(clipped).sharding
-    is_explicit = AxisType.Explicit in at.mesh.axis_types
-    embedded = table(
-        clipped, out_sharding=NamedSharding(at.mesh, PartitionSpec(*at.spec, None)) if is_explicit else None
-    )
+    mesh = axes.explicit_mesh(clipped, table.embedding[...])
+    sharding = None if mesh is None else NamedSharding(mesh, PartitionSpec(*axes.spec(clipped), None))
+    embedded = table(clipped, out_sharding=sharding)
     return jnp.where(is_unknown[..., None], jnp.nan, embedded)
 
 

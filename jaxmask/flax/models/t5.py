@@ -14,7 +14,8 @@ from jaxtyping import Array, Bool, DTypeLike, Float, Int, Integer
 from jaxmask import checks
 from jaxmask.dispatch import Implementation, attention
 from jaxmask.flax.cache import Cache, LayerCache, Valid, as_valid
-from jaxmask.flax.models.layers import Linear, check_cache, convert_sizes, embed, last_token, project
+from jaxmask.flax.models import axes
+from jaxmask.flax.models.layers import Linear, check_cache, convert_sizes, embed, last_token, project, table
 from jaxmask.mask import Full, Mask
 from jaxmask.masks import Causal, Padding
 
@@ -63,7 +64,9 @@ class T5Config:
             )
 
 
-def bucket(distance: Int[Array, "..."], buckets: int, max_distance: int, both_ways: bool) -> Int[Array, "..."]:
+def bucket(
+    distance: Int[Array | np.ndarray, "..."], buckets: int, max_distance: int, both_ways: bool
+) -> Int[Array, "..."]:
     """The bucket of a distance: one for each that is near, and ever wider ones for those afar.
 
     Source: ``T5Attention._relative_position_bucket`` in Transformers.
@@ -98,24 +101,21 @@ class T5Attention(nnx.Module):
 
     def __init__(self, config: T5Config, param_dtype: DTypeLike, rngs: nnx.Rngs) -> None:
         linear = partial(Linear, use_bias=False, param_dtype=param_dtype, rngs=rngs)
-        inner, self.heads = config.heads * config.head_dim, (config.heads, config.head_dim)
-        self.query, self.key, self.value = (linear(config.dim, inner) for _ in range(3))
-        self.out = linear(inner, config.dim)
+        dim, heads = {"dim": config.dim}, {"heads": config.heads, "head_dim": config.head_dim}
+        self.query, self.key, self.value = (linear(dim, heads) for _ in range(3))
+        self.out = linear(heads, dim)
 
     def queries(self, x: Hidden) -> Heads:
         """The queries of hidden states."""
-        return self._heads(self.query(x))
+        return self.query(x)
 
     def keys_and_values(self, x: Hidden) -> tuple[Heads, Heads]:
         """The keys and the values of hidden states."""
-        return self._heads(self.key(x)), self._heads(self.value(x))
+        return self.key(x), self.value(x)
 
     def join(self, attended: Heads) -> Hidden:
         """The heads in one."""
-        return self.out(attended.reshape(*attended.shape[:2], math.prod(self.heads)))
-
-    def _heads(self, x: Hidden) -> Heads:
-        return x.reshape(*x.shape[:2], *self.heads)
+        return self.out(attended)
 
 
 class T5EncoderLayer(nnx.Module):
@@ -125,7 +125,8 @@ class T5EncoderLayer(nnx.Module):
         linear = partial(Linear, use_bias=False, param_dtype=param_dtype, rngs=rngs)
         self.self_norm, self.mlp_norm = (_norm(config, param_dtype, rngs) for _ in range(2))
         self.self_attention = T5Attention(config, param_dtype, rngs)
-        self.up, self.down = linear(config.dim, config.hidden_dim), linear(config.hidden_dim, config.dim)
+        dim, hidden = {"dim": config.dim}, {"hidden": config.hidden_dim}
+        self.up, self.down = linear(dim, hidden), linear(hidden, dim)
 
     def mlp(self, x: Hidden) -> Hidden:
         """The hidden states after the MLP."""
@@ -149,7 +150,7 @@ class T5Stack(nnx.Module, Generic[L]):
 
     def __init__(self, config: T5Config, layer: type[L], param_dtype: DTypeLike, rngs: nnx.Rngs) -> None:
         self.config, self.both_ways = config, layer is T5EncoderLayer
-        self.distances = nnx.Embed(config.buckets, config.heads, param_dtype=param_dtype, rngs=rngs)
+        self.distances = table({"buckets": config.buckets, "bucket_heads": config.heads}, param_dtype, rngs)
         self.layers = nnx.List([layer(config, param_dtype, rngs) for _ in range(config.layers)])
         self.norm = _norm(config, param_dtype, rngs)
 
@@ -180,7 +181,7 @@ class T5(nnx.Module):
 
     def __init__(self, config: T5Config, *, param_dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs) -> None:
         self.config = config
-        self.words = nnx.Embed(config.vocab_size, config.dim, param_dtype=param_dtype, rngs=rngs)
+        self.words = table({"vocab": config.vocab_size, "dim": config.dim}, param_dtype, rngs)
         self.encoder = T5Stack(config, T5EncoderLayer, param_dtype, rngs)
         self.decoder = T5Stack(config, T5DecoderLayer, param_dtype, rngs)
 
@@ -213,12 +214,11 @@ class T5(nnx.Module):
     def _encode(self, tokens: Tokens, valid: Any, implementation: Implementation | None) -> Hidden:
         x, bias = embed("tokens", tokens, self.words, valid), self.encoder.bias()
         mask = Full() if valid is None else Padding(valid)
+        how: Any = {"sharding": axes.query_sharding(has_cache=False), "implementation": implementation}
         for layer in self.encoder.layers:
             normed, attend = layer.self_norm(x), layer.self_attention
             key, value = attend.keys_and_values(normed)
-            attended = attention(
-                *(attend.queries(normed), key, value, mask), bias=bias, scale=1.0, implementation=implementation
-            )
+            attended = attention(attend.queries(normed), key, value, mask, bias=bias, scale=1.0, **how)
             x = layer.mlp(x + attend.join(attended))
         return self.encoder.norm(x)
 
@@ -241,10 +241,12 @@ class T5Decoder(nnx.Module):
         self.text_valid = None if valid is None else nnx.Cache(jnp.asarray(valid))
 
     def empty_cache(self, batch: SupportsIndex, length: SupportsIndex) -> Cache:
-        """A cache for ``batch`` answers of at most ``length`` tokens. It raises as :meth:`Cache.empty` does."""
+        """A cache for ``batch`` answers of at most ``length`` tokens, where the rules of axes put it.
+
+        It raises as :meth:`Cache.empty` does.
+        """
         config, dtype = self.config, self.words.embedding.dtype
-        layers = [None] * config.layers
-        return Cache.empty(batch, length, layers=layers, kv_heads=config.heads, dim=config.head_dim, dtype=dtype)
+        return axes.empty_cache(batch, length, [None] * config.layers, {"heads": config.heads}, config.head_dim, dtype)
 
     def __call__(
         self,
@@ -278,19 +280,21 @@ class T5Decoder(nnx.Module):
         if len(tokens) != texts:
             raise ValueError(f"tokens must have a row for each of the {texts} texts, got {checks.describe(tokens)}")
         cache = self.empty_cache(*tokens.shape) if cache is None else cache
+        x, bias = embed("tokens", tokens, self.words, is_token, has_cache=True), self.stack.bias()
+        cache = axes.rows_beside(cache, x)
         step, layers = cache.step(tokens.shape[1], is_token), list[LayerCache]()
-        x, bias = embed("tokens", tokens, self.words, is_token), self.stack.bias()
+        how: Any = {"scale": 1.0, "sharding": axes.query_sharding(has_cache=True), "implementation": implementation}
         mask: Mask = Full() if self.text_valid is None else Padding(self.text_valid[...])
         parts = self.stack.layers, cache.layers, self.text_keys, self.text_values
         for layer, old, key, value in zip(*parts, strict=True):
             normed, attend = layer.self_norm(x), layer.self_attention
             new = attend.queries(normed), *attend.keys_and_values(normed)
-            attended, filled = old.attend(step, *new, Causal(), bias=bias, scale=1.0, implementation=implementation)
+            attended, filled = axes.heads_beside(old, new[1]).attend(step, *new, Causal(), bias=bias, **how)
             layers.append(filled)
             x = x + attend.join(attended)
             cross = layer.cross_attention
             query = cross.queries(layer.cross_norm(x))
-            attended = attention(query, key[...], value[...], mask, scale=1.0, implementation=implementation)
+            attended = attention(query, key[...], value[...], mask, **how)
             x = layer.mlp(x + cross.join(attended))
         x = self.stack.norm(last_token(x, is_token) if last_only else x)
         return project(x * self.config.dim**-0.5, self.words.embedding[...]), step.end(layers)
@@ -303,4 +307,5 @@ def _checked(tokens: Tokens, valid: Valid | None) -> Bool[Array | np.ndarray, "b
 
 
 def _norm(config: T5Config, param_dtype: DTypeLike, rngs: nnx.Rngs) -> nnx.RMSNorm:
-    return nnx.RMSNorm(config.dim, epsilon=config.epsilon, param_dtype=param_dtype, rngs=rngs)
+    norm = partial(nnx.RMSNorm, epsilon=config.epsilon, param_dtype=param_dtype, rngs=rngs)
+    return axes.settled(norm(config.dim, scale_metadata=axes.named(norm=config.dim)))
