@@ -14,7 +14,7 @@ LATEST := .venv-latest/bin
 GPU := .venv-gpu/bin
 # The tests that need neither PyTorch nor Transformers.
 LATEST_TESTS := $(addprefix tests/core/test_,$(addsuffix .py,description direction export indices mask_laws new_leaf positions split tiles)) \
-  tests/kernels $(addprefix tests/flax/test_,$(addsuffix .py,bad_flax cache cache_mesh mesh)) jaxmask
+  tests/kernels $(addprefix tests/flax/test_,$(addsuffix .py,bad_flax cache cache_mesh)) jaxmask
 
 # What the fast tests leave to `make test`.
 ELSEWHERE := jit or vmap or shard or gradient or flex or published or deep or import or every_mode

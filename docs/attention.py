@@ -30,8 +30,8 @@ def page() -> str:
         time.set_title("Time grows with the length, not with its square", fontsize=10, loc="left")
         memory.set_title("Memory grows with the length, not with its square", fontsize=10, loc="left")
         handles, labels = time.get_legend_handles_labels()
-        below = {"loc": "outside lower center", "ncols": len(labels), "frameon": False, "title_fontsize": 8}
-        figure.legend(handles, labels, title=STOPS, **below)
+        below: dict[str, Any] = {"loc": "outside lower center", "ncols": len(labels), "frameon": False}
+        figure.legend(handles, labels, title=STOPS, title_fontsize=8, **below)
         return of_figure(figure)
 
 

@@ -19,8 +19,8 @@ dim of {DIM}. The tokens are divided over all chips. They are compiled ahead of 
 Nothing has run: these are figures of the compiler, and no times.
 
 Sizes are in MiB, for each chip. What `explain` says that a chip receives stands beside what the compiled program
-receives, by the kind of communication; forward and backward. Of one query, a step of decoding by a cache whose slots
-are divided, there is the forward pass alone. The imbalance is how much more the busiest chip computes than the mean;
+receives, by the kind of communication; forward and backward. One query is a step of decoding by a cache whose slots
+are divided: the forward pass alone. The imbalance is how much more the busiest chip computes than the mean;
 an order of the tokens by `balanced_order` brings that of causal to 1. The last column says how many instructions the
 program has: for thousands of chips no more than for a few.
 

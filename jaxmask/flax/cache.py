@@ -108,7 +108,7 @@ class _Division(NamedTuple):
     shards: int
 
     def run(self, store: Any, *arguments: Any) -> Any:
-        """Call a function of a step, slots and new tokens on each device; it returns twice what is divided as slots."""
+        """Call a function of a step, slots and new tokens on each device. Both trees that it returns are as slots."""
         of_slots, of_new = (PartitionSpec(self.examples, axes, self.heads) for axes in (self.axes, None))
         specs = [PartitionSpec(self.examples), of_slots, of_new]
         return spmd.on_devices(store, self.mesh, specs, (of_slots, of_slots), list(arguments))
@@ -177,7 +177,7 @@ class LayerCache(_Pytree):
                 )
         division = self._division(sharding)
         shards = 1 if division is None else division.shards
-        # Of the new keys each device has as many.
+        # Each device has as many of the new keys.
         padding = -step.count % shards
 
         def store(step: Step, old: _Pair, new: _Pair) -> tuple[_Pair, _Pair]:
@@ -211,11 +211,14 @@ class LayerCache(_Pytree):
             return None
         mesh, axes = found
         sizes = [math.prod(mesh.shape[axis] for axis in of_axis) for of_axis in axes]
-        if self.key.shape[1] % sizes[1]:
-            raise ValueError(
-                f"the {self.key.shape[1]} slots of the layer do not divide over {sizes[1]} devices: leave them whole, "
-                "as those of a window may be, or give Cache.empty a length that does"
-            )
+        for what, argument, size, shards in zip(
+            ("rows", "slots"), ("batch", "length"), self.key.shape, sizes, strict=False
+        ):
+            if size % shards:
+                raise ValueError(
+                    f"the {size} {what} of the layer do not divide over {shards} devices: leave them whole, as the "
+                    f"slots of a window may be, or give Cache.empty a {argument} that does"
+                )
         # Where the heads of keys do not divide, every device has all of them.
         heads = axes[2] if self.key.shape[2] % sizes[2] == 0 else ()
         return _Division(mesh, axes[0] or None, axes[1], heads or None, sizes[1])

@@ -13,6 +13,11 @@ from jaxmask.kernels.call import Call, is_empty
 
 Axes = tuple[str, ...]
 
+QUERIES_ARE_DIVIDED = (
+    'context_parallel is "merge", but the queries are divided as the keys: it is for a few queries that every device '
+    "has, and the others are for these"
+)
+
 
 @dataclass(frozen=True)
 class Placement:
@@ -103,8 +108,9 @@ def division_of(x: Any, sharding: PartitionSpec | NamedSharding | None) -> tuple
     said = _explicit(x) or sharding
     if said is None:
         return None
-    mesh = said.mesh if isinstance(said, NamedSharding) else jax.sharding.get_abstract_mesh()
-    return mesh, _axes(_spec(said))
+    spec, mesh = _axes(_spec(said)), _mesh_of(said)
+    _check_axes("sharding", spec, mesh)
+    return mesh, spec
 
 
 def shards_of(axis_name: object, query: object, key: object, context_parallel: object = None) -> tuple[int, int]:
@@ -129,6 +135,8 @@ def shards_of(axis_name: object, query: object, key: object, context_parallel: o
             f"key is the same on every device of {axis_name!r}, and query is not: where each has all keys, leave "
             "axis_name out and say offset=, the position of its first query"
         )
+    if context_parallel == "merge" and set(names) & _varying(query):
+        raise ValueError(QUERIES_ARE_DIVIDED)
     return 1 if has_all_queries(axis_name, query, key, context_parallel) else size, size
 
 
@@ -163,29 +171,40 @@ def _inside(sharding: Any, typed: Any, axis_name: str | Axes, merges: bool) -> P
 
 def _as_told(call: Call, sharding: Any, *, merges: bool) -> Placement | None:
     spec = _axes(_spec(sharding))
-    mesh = sharding.mesh if isinstance(sharding, NamedSharding) else jax.sharding.get_abstract_mesh()
     if not any(spec):
         return None
-    if mesh.empty:
-        raise ValueError(
-            f"sharding is {sharding}, but there is no mesh: call in `with jax.set_mesh(mesh):`, or give "
-            "sharding=NamedSharding(mesh, spec)"
-        )
+    mesh = _mesh_of(sharding)
     # As many keys as queries are those of the same sequence.
     keys = spec[1] if merges or call.key.shape[1] == call.query.shape[1] else ()
     return _placement("sharding", (spec[0], (), *spec[2:]) if merges else spec, mesh, call, keys=keys)
 
 
+def _mesh_of(sharding: Any) -> Any:
+    mesh = sharding.mesh if isinstance(sharding, NamedSharding) else jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        raise ValueError(
+            f"sharding is {sharding}, but there is no mesh: call in `with jax.set_mesh(mesh):`, or give "
+            "sharding=NamedSharding(mesh, spec)"
+        )
+    return mesh
+
+
+def _check_axes(name: str, spec: tuple[Axes, ...], mesh: Any) -> None:
+    named = [axis for axes in spec for axis in axes]
+    if unknown := [axis for axis in named if axis not in mesh.shape]:
+        raise ValueError(f"{name} names {unknown}, but the axes of the mesh are {list(mesh.shape)}")
+    if twice := sorted({axis for axis in named if named.count(axis) > 1}):
+        raise ValueError(f"{name} names {twice} twice, but an axis of the mesh divides one axis of an array")
+
+
 def _placement(name: str, spec: tuple[Axes, ...], mesh: Any, call: Call, keys: Axes) -> Placement:
     if not spec[1] and is_empty(call.query, call.key):
         keys = ()
+    _check_axes(name, spec if spec[1] else (spec[0], keys, *spec[2:]), mesh)
     for what, axes, array, axis in (
         *(("batch", spec[0], call.query, 0), ("the sequence", spec[1], call.query, 1)),
         *(("heads", spec[2], call.query, 2), ("dim", spec[3], call.query, 3), ("the keys", keys, call.key, 1)),
     ):
-        unknown = [axis for axis in axes if axis not in mesh.shape]
-        if unknown:
-            raise ValueError(f"{name} names {unknown}, but the axes of the mesh are {list(mesh.shape)}")
         if axes and what == "dim":
             raise ValueError(
                 f"{name} divides dim over {list(axes)}, but only batch, sequence and heads may be divided: gather it "

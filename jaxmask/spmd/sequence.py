@@ -21,7 +21,7 @@ from jaxmask.kernels import scores
 from jaxmask.kernels.call import Call, is_empty
 from jaxmask.mask import Full
 from jaxmask.spmd.part import at_band, at_heads, at_keys, at_queries, at_run
-from jaxmask.spmd.placement import Placement
+from jaxmask.spmd.placement import QUERIES_ARE_DIVIDED, Placement
 from jaxmask.spmd.plan import Plan, Scheme, Traffic, plan_of
 from jaxmask.spmd.ring import ring
 from jaxmask.tiles import EMPTY, PARTIAL, TileMap
@@ -161,8 +161,7 @@ def sequence_of(call: Call, placement: Placement, context_parallel: object) -> S
             f"context_parallel is {context_parallel!r}, but every device has all queries, and some of the keys: these "
             'are never sent, but what each finds is merged, by "merge"; leave it out, or divide the query as the keys'
             if merges
-            else 'context_parallel is "merge", but the queries are divided as the keys: it is for a few queries that '
-            "every device has, and the others are for these"
+            else QUERIES_ARE_DIVIDED
         )
     forced: Any = "merge" if merges else context_parallel
     plan = plan_of(call, placement.shards(placement.keys), has_all_queries=merges)

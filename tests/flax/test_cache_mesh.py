@@ -134,7 +134,26 @@ def test_gradients_flow_through_divided_slots() -> None:
         np.testing.assert_allclose(other, one, rtol=1e-4, atol=1e-4)
 
 
-def test_slots_that_do_not_divide_are_refused() -> None:
-    mesh = mesh_of(AxisType.Auto, (1, 4, 1), ("data", "seq", "model"))
-    with pytest.raises(ValueError, match="the 22 slots of the layer do not divide over 4 devices: leave them whole"):
-        run(empty(1, 22), text(0, 1, 1), sharding=NamedSharding(mesh, SLOTS))
+@pytest.mark.parametrize(
+    ("batch", "length", "sharding", "says"),
+    [
+        (2, 22, SLOTS, "the 22 slots of the layer do not divide over 4 devices: leave them whole"),
+        (3, LENGTH, SLOTS, "the 3 rows of the layer do not divide over 2 devices"),
+        (
+            2,
+            LENGTH,
+            P("data", "sequence"),
+            r"names \['sequence'\], but the axes of the mesh are \['data', 'seq', 'model'\]",
+        ),
+        (2, LENGTH, P("seq", "seq"), r"names \['seq'\] twice"),
+    ],
+)
+def test_what_does_not_divide_a_layer_is_refused(batch: int, length: int, sharding: P, says: str) -> None:
+    mesh = mesh_of(AxisType.Auto, (2, 4, 1), ("data", "seq", "model"))
+    with jax.set_mesh(mesh), pytest.raises(ValueError, match=says):
+        run(empty(batch, length), text(0, batch, 1), sharding=sharding)
+
+
+def test_a_division_without_a_mesh_is_refused() -> None:
+    with pytest.raises(ValueError, match="there is no mesh"):
+        run(empty(2), text(0, 2, 1), sharding=P(None, "seq"))

@@ -158,6 +158,20 @@ def test_a_decoder_over_data_and_tensor_generates_the_same_tokens(
 
 
 @MODES
+def test_a_decoder_over_data_and_the_slots_of_its_cache_generates_the_same_tokens(mode: AxisType) -> None:
+    expected = generate(decoder(), PROMPTS, VALID, max_new_tokens=6)
+    with on_mesh(mesh_of(mode, (2, 4), ("data", "seq")), axis_rules(batch="data", slots="seq")):
+        model = decoder()
+        cache = model.empty_cache(BATCH, 24)
+        assert [layer.key.addressable_shards[0].data.shape[1] for layer in cache.layers] == [5, 24 // 4]
+        found = generate(model, PROMPTS, VALID, max_new_tokens=6)  # 13 slots, and 3 more that they divide
+        step = jax.jit(lambda model, tokens, cache: model(tokens, cache=cache))
+        program = step.lower(model, jnp.ones((BATCH, 1), int), cache).compile()
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+    assert set(collectives(program)) == {"all-reduce"}
+
+
+@MODES
 @SHAPES
 def test_a_decoder_reduces_what_shards_have_and_sends_nothing_else(
     heads: int, kv_heads: int, shape: tuple[int, int], mode: AxisType
@@ -227,12 +241,43 @@ def test_types_alone_say_it_on_a_mesh_with_explicit_axes(rules: Any) -> None:
     jax.tree.map(np.testing.assert_array_equal, found, expected)
 
 
+def test_rules_on_a_mesh_of_both_kinds_of_axes_are_refused() -> None:
+    mesh = jax.make_mesh((2, 2), ("data", "tensor"), axis_types=(AxisType.Explicit, AxisType.Auto))
+    with on_mesh(mesh), pytest.raises(ValueError, match=r"all explicit or all automatic, got .*'tensor': Auto"):
+        decoder()
+
+
+@MODES
+@pytest.mark.parametrize("last_only", [False, True])
+def test_tokens_that_were_made_elsewhere_are_put_where_the_rules_say(last_only: bool, mode: AxisType) -> None:
+    tokens, model = jnp.asarray(PROMPTS), decoder()
+    expected = model(tokens, VALID, last_only=last_only)[0]
+    with on_mesh(mesh_of(mode, (2, 2), ("data", "seq")), axis_rules(batch="data", length="seq")):
+        found = model(tokens, VALID, last_only=last_only)[0]
+    assert not found.is_fully_replicated
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_in_a_shard_map_of_the_user_the_rules_leave_its_axes_out() -> None:
+    mesh, model = mesh_of(AxisType.Auto, (2, 2), ("data", "tensor")), decoder()
+    expected = model(PROMPTS)[0]
+    with on_mesh(mesh):
+        run = jax.shard_map(
+            lambda tokens: model(tokens)[0], in_specs=P("data"), out_specs=P("data"), axis_names={"data"}
+        )
+        found = jax.jit(run)(PROMPTS)
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+
+
 @MODES
 def test_weights_over_the_data_axis_are_gathered(mode: AxisType) -> None:
     expected = decoder(**EVERY)(PROMPTS, VALID)[0]
     rules = axis_rules(batch="data", dim="data", **AXES)
-    with on_mesh(mesh_of(mode, (2, 2), ("data", "tensor")), rules):
-        found = decoder(**EVERY)(PROMPTS, VALID)[0]
+    mesh = mesh_of(mode, (2, 2), ("data", "tensor"))
+    with on_mesh(mesh, rules):
+        model = decoder(**EVERY)
+        assert model.blocks[0].feed_forward.down.weight[...].sharding == NamedSharding(mesh, P("data", "tensor"))
+        found = model(PROMPTS, VALID)[0]
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
 
 
@@ -285,6 +330,7 @@ def test_a_model_on_a_mesh_is_called_under_other_rules_anew() -> None:
 test_rules = refusals(
     [
         bad("name", lambda: axis_rules(head="tensor"), ValueError, "names of dimensions are batch, length", "got head"),
+        bad("whole", lambda: axis_rules(gate_up="tensor"), ValueError, "gate_up cannot be divided", "leave it out"),
         bad("number", lambda: axis_rules(heads=2), TypeError, "heads must be an axis of the mesh", "got 2"),  # pyright: ignore[reportArgumentType]
     ]
 )
@@ -306,6 +352,12 @@ test_rules = refusals(
         ),
         (RULES, lambda: decoder()(PROMPTS[:3]), "batch must divide over 2 devices, .* got 3"),
         (RULES, lambda: decoder().empty_cache(3, 8), "batch must divide over 2 devices, .* got 3"),
+        (
+            axis_rules(slots="tensor", **AXES),
+            lambda: decoder().empty_cache(2, 8),
+            "both slots and kv_heads over 'tensor'",
+        ),
+        (axis_rules(batch=("data", "data")), lambda: decoder()(PROMPTS), "both batch and batch over 'data'"),
         (axis_rules(length="data"), lambda: encoder()(PROMPTS[:, :5]), "length must divide over 2 devices, .* got 5"),
     ],
 )

@@ -148,6 +148,13 @@ test_bad_context_is_refused = refusals(
         bad("outside", lambda: attend(axis_name="seq"), ValueError, "'seq'", "no such axis", "shard_map", "sharding="),
         bad("other-name", lambda: inside("model"), ValueError, "'model'", "no such axis"),
         bad("no-name", lambda: inside(3), TypeError, "axis_name must be the name", "3"),
+        bad(
+            "merged-inside",
+            lambda: inside(context_parallel="merge"),
+            ValueError,
+            'context_parallel is "merge"',
+            "divided as the keys",
+        ),
         bad("no-names", lambda: inside(()), TypeError, "axis_name must be the name", r"\(\)"),
         bad("both", lambda: inside(sharding=P(None, "seq")), ValueError, "axis_name is 'seq' and sharding"),
         bad("keys-of-all", lambda: inside(has_all_keys=True), ValueError, "key is the same on every device", "offset="),

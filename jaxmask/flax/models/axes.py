@@ -16,19 +16,24 @@ from jaxmask import checks
 from jaxmask.flax.cache import Cache, LayerCache
 
 Rules = tuple[tuple[str, str | tuple[str, ...] | None], ...]
+# The same, as they hold on the mesh.
+Current = tuple[tuple[str, tuple[str, ...]], ...]
 X = TypeVar("X")
 M = TypeVar("M", bound=nnx.Module)
 
-# Of tokens; of the residual stream and inside of the feed-forward; of attention; of what is fused in one weight; of
-# tables; of norms, whose few weights each device has.
+# Of tokens; of caches; of the residual stream and inside of the feed-forward; of attention; of what is fused in one
+# weight; of tables; of norms, whose few weights each device has.
 NAMES = (
     *("batch", "length", "vocab"),
+    "slots",
     *("dim", "hidden"),
     *("heads", "kv_heads", "head_dim"),
     *("query_key_value", "gate_up"),
     *("positions", "token_types", "buckets", "bucket_heads"),
     "norm",
 )
+# These, which a model takes apart or needs as a whole, no rule divides.
+WHOLE = "head_dim", "query_key_value", "gate_up", "buckets", "bucket_heads"
 
 
 def axis_rules(**axes: str | tuple[str, ...] | None) -> Rules:
@@ -45,16 +50,16 @@ def axis_rules(**axes: str | tuple[str, ...] | None) -> Rules:
 
     Args:
         **axes: over which axis of the mesh, or which of several, each dimension is sharded; each device has all of
-            those left out. Tokens are ``batch`` and ``length``; embeddings and logits have ``vocab``; ``dim`` is the
-            residual stream; attention has ``heads``, ``kv_heads``, ``head_dim``; the feed-forward has ``hidden``. Less
-            common are ``query_key_value`` and ``gate_up``, of what one weight has in one; ``positions``,
-            ``token_types``, ``buckets`` and ``bucket_heads``, of tables; and ``norm``, of the scales of norms.
+            those left out. Tokens are ``batch`` and ``length``; caches have ``slots``, of which each device attends to
+            its own, but for the few of a window; embeddings and logits have ``vocab``; ``dim`` is the residual stream;
+            attention has ``heads`` and ``kv_heads``; the feed-forward has ``hidden``. Less common are ``positions`` and
+            ``token_types``, of tables; and ``norm``, of the scales of norms. An axis divides one dimension of an array.
 
     Returns:
         A rule for each name. ``nnx.get_partition_spec`` reads them, too.
 
     Raises:
-        ValueError: there is no dimension of that name.
+        ValueError: there is no dimension of that name, or each device needs all of it.
         TypeError: an axis of the mesh is not named by a string.
 
     >>> from flax import nnx
@@ -65,12 +70,14 @@ def axis_rules(**axes: str | tuple[str, ...] | None) -> Rules:
     >>> with jax.set_mesh(mesh), nnx.logical_axis_rules(rules):
     ...     model = Decoder(config, rngs=nnx.Rngs(0))
     ...     new = generate(model, jnp.array([[5, 6, 7], [8, 9, 1]]), max_new_tokens=3).tokens
-    >>> model.blocks[0].feed_forward.down.weight.sharding.spec
-    PartitionSpec(None, 'tensor')
+    >>> tuple(model.blocks[0].feed_forward.down.weight.sharding.spec)  # of [dim, hidden]
+    (None, 'tensor')
     """
     if unknown := set(axes) - set(NAMES):
         raise ValueError(f"the names of dimensions are {', '.join(NAMES)}, got {', '.join(sorted(unknown))}")
     for name, over in axes.items():
+        if name in WHOLE and over is not None:
+            raise ValueError(f"{name} cannot be divided, for each device needs all of it, got {over!r}; leave it out")
         if not all(isinstance(axis, str) for axis in _names(over)):
             raise TypeError(
                 f"{name} must be an axis of the mesh, by its name, a tuple of names, or None, got "
@@ -79,12 +86,26 @@ def axis_rules(**axes: str | tuple[str, ...] | None) -> Rules:
     return tuple((name, axes.get(name)) for name in NAMES)
 
 
-def current_rules() -> Rules:
-    """The rules of the surrounding ``nnx.logical_axis_rules``, hashable; none without a mesh to apply them to."""
+def current_rules() -> Current:
+    """The rules of the surrounding ``nnx.logical_axis_rules``, hashable; none without a mesh to apply them to.
+
+    Axes of a surrounding ``shard_map`` are left out: what they divide is divided already.
+
+    Raises:
+        ValueError: some axes of the mesh are explicit, and some automatic.
+    """
     given: Any = spmd.get_logical_axis_rules()
-    if jax.sharding.get_abstract_mesh().empty:
+    mesh = jax.sharding.get_abstract_mesh()
+    kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
+    free = {axis: kind for axis, kind in kinds.items() if kind != AxisType.Manual}
+    if not given or not free:
         return ()
-    return tuple((name, tuple(over) if isinstance(over, list) else over) for name, over in given)
+    if len({*free.values()}) > 1:
+        raise ValueError(f"rules need a mesh whose axes are all explicit or all automatic, got {free}")
+    return tuple(
+        (name, tuple(axis for axis in _names(over) if axis in free or axis not in kinds))
+        for name, over in dict(given).items()
+    )
 
 
 def named(**sizes: int) -> dict[str, Any]:
@@ -107,8 +128,17 @@ def settled(module: M) -> M:
 
 def spec_of(*names: str | None) -> PartitionSpec:
     """Where the rules put dimensions of these names."""
-    rules = dict(current_rules())
-    return PartitionSpec(*(None if name is None else rules.get(name) for name in names))
+    rules, taken = dict(current_rules()), dict[str, str]()
+    for name in filter(None, names):
+        for axis in rules.get(name, ()):
+            if axis in taken:
+                raise ValueError(
+                    f"the rules put both {taken[axis]} and {name} over {axis!r}, but they are dimensions of one array, "
+                    "and an axis of the mesh divides one: leave one of them out"
+                )
+            taken[axis] = name
+    over = (rules.get(name, ()) if name is not None else () for name in names)
+    return PartitionSpec(*(axes[0] if len(axes) == 1 else axes or None for axes in over))
 
 
 def placed(x: X, *names: str | None) -> X:
@@ -121,8 +151,11 @@ def placed(x: X, *names: str | None) -> X:
         return x
     array: Any = jnp.asarray(x)  # pyright: ignore[reportArgumentType]
     _check_divides({name: size for name, size in zip(names, array.shape, strict=True) if name is not None})
-    is_explicit = AxisType.Explicit in jax.sharding.get_abstract_mesh().axis_types
-    return (jax.sharding.reshard if is_explicit else jax.lax.with_sharding_constraint)(array, spec_of(*names))
+    if AxisType.Explicit in jax.sharding.get_abstract_mesh().axis_types:
+        return jax.sharding.reshard(array, spec_of(*names))
+    # An array that was made elsewhere is moved; what is traced is where the compiler puts it.
+    put = jax.lax.with_sharding_constraint if checks.is_traced(array) else jax.device_put
+    return put(array, spec_of(*names))
 
 
 def empty_cache(
@@ -133,8 +166,13 @@ def empty_cache(
     dim: int,
     dtype: DTypeLike,
 ) -> Cache:
-    """:meth:`Cache.empty`, with its keys and values where the rules put ``batch`` and its heads, ``{name: number}``."""
-    ((name, kv_heads),) = heads.items()
+    """:meth:`Cache.empty`, with its keys and values where the rules put ``batch`` and its heads, ``{name: number}``.
+
+    Where the rules divide slots, it has room for a few more tokens, if need be, so that they divide.
+    """
+    ((name, kv_heads),), rules = heads.items(), current_rules()
+    length = checks.integer("length", length, 1, checks.MOST_POSITIONS)
+    length += -length % _shards(dict(rules).get("slots", ()))
     how: dict[str, Any] = {
         "batch": batch,
         "length": length,
@@ -143,15 +181,16 @@ def empty_cache(
         "dim": dim,
         "dtype": dtype,
     }
-    rules = current_rules()
     return _sharded_cache(tuple(how.items()), name, rules) if rules else Cache.empty(**how)
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2))
-def _sharded_cache(how: tuple[tuple[str, Any], ...], heads: str, rules: Rules) -> Cache:
+def _sharded_cache(how: tuple[tuple[str, Any], ...], heads: str, rules: Current) -> Cache:
     """A cache that is made by a program, so that at no time a device has all of it."""
-    cache, names = Cache.empty(**dict(how)), ("batch", None, heads, "head_dim")
-    layers = [LayerCache(placed(x.key, *names), placed(x.value, *names), x.is_ring) for x in cache.layers]
+    cache, layers = Cache.empty(**dict(how)), list[LayerCache]()
+    for layer in cache.layers:
+        names = "batch", slots_of(layer), heads, "head_dim"
+        layers.append(LayerCache(placed(layer.key, *names), placed(layer.value, *names), layer.is_ring))
     return Cache(tuple(layers), placed(cache.tokens, "batch"))
 
 
@@ -170,14 +209,19 @@ def heads_beside(layer: LayerCache, key: Array) -> LayerCache:
     return LayerCache(key, value, layer.is_ring)
 
 
-def query_sharding(*, has_cache: bool) -> PartitionSpec | None:
-    """What :func:`jaxmask.attention` is told of where queries are: types say it where the axes of a mesh are explicit.
+def told(second: str | None) -> PartitionSpec | None:
+    """What attention is told of where queries are, or a layer of a cache, whose second dimension has this name.
 
-    A step of decoding has too few tokens to divide them.
+    Types say it where the axes of a mesh are explicit.
     """
     if not current_rules() or AxisType.Explicit in jax.sharding.get_abstract_mesh().axis_types:
         return None
-    return spec_of("batch", None if has_cache else "length", "heads", "head_dim")
+    return spec_of("batch", second, "heads", "head_dim")
+
+
+def slots_of(layer: LayerCache) -> str | None:
+    """The name of the slots of a layer. A window has few, which every device has."""
+    return None if layer.is_ring else "slots"
 
 
 def explicit_mesh(*arrays: Any) -> Any:
@@ -229,7 +273,12 @@ def beside(bias: Array, out: Array) -> Array:
 
 
 def _names(at: Any) -> tuple[str, ...]:
-    return at if isinstance(at, tuple) else () if at is None else (at,)
+    return tuple(at) if isinstance(at, tuple | list) else () if at is None else (at,)
+
+
+def _shards(over: tuple[str, ...]) -> int:
+    """How many devices these axes have; an axis that the mesh lacks is refused elsewhere."""
+    return prod(jax.sharding.get_abstract_mesh().shape.get(axis, 1) for axis in over)
 
 
 def _check_divides(sizes: dict[str, int]) -> None:
@@ -237,10 +286,11 @@ def _check_divides(sizes: dict[str, int]) -> None:
     for name, over in current_rules():
         if name not in sizes:
             continue
-        if unknown := [axis for axis in _names(over) if axis not in mesh.shape]:
+        if unknown := [axis for axis in over if axis not in mesh.shape]:
             raise ValueError(f"the rules put {name} over {unknown}, but the axes of the mesh are {list(mesh.shape)}")
-        if sizes[name] % (shards := prod(mesh.shape[axis] for axis in _names(over))):
+        if sizes[name] % (shards := _shards(over)):
+            axes = " and ".join(map(repr, over))
             raise ValueError(
-                f"{name} must divide over {shards} devices, those of {over!r}, where the rules put it, got "
-                f"{sizes[name]}; leave {name} out of the rules, or give {over!r} fewer devices"
+                f"{name} must divide over {shards} devices, those of {axes}, where the rules put it, got "
+                f"{sizes[name]}; leave {name} out of the rules, or give {axes} fewer devices"
             )

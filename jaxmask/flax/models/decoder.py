@@ -17,7 +17,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, DTypeLike, Float, Integer
 
 from jaxmask import checks
-from jaxmask.dispatch import Implementation, Sharding, attention
+from jaxmask.dispatch import Implementation, attention
 from jaxmask.flax.cache import Cache, LayerCache, Step, Valid, as_valid, consecutive
 from jaxmask.flax.models import axes
 from jaxmask.flax.models.blockwise import Blockwise
@@ -232,13 +232,12 @@ class DecoderConfig:
 
 
 class Context(NamedTuple):
-    """What all layers share in one call: where tokens, blocks and devices are, what the caller masks, how to attend."""
+    """What all layers share in one call: where tokens and blocks are, what the caller masks, how to attend."""
 
     positions: Integer[Array | np.ndarray, "#batch q"]
     mask: Mask
     blocks: Mask | None
     step: Step | None
-    sharding: Sharding | None
     implementation: Implementation | None
 
 
@@ -284,7 +283,7 @@ class Attention(nnx.Module):
     def __call__(
         self, x: Float[Array, "batch q dim"], context: Context, cache: LayerCache | None
     ) -> tuple[Float[Array, "batch q dim"], LayerCache | None]:
-        config, layer, (positions, mask, blocks, step, sharding, implementation) = self.config, self.layer, context
+        config, layer, (positions, mask, blocks, step, implementation) = self.config, self.layer, context
         joined = self.query_key_value(x)
         # From [batch, q, kv_heads, group, dim] to [batch, q, heads, dim].
         query = joined[..., :-2, :].reshape(*x.shape[:2], config.heads, config.head_dim)
@@ -302,7 +301,10 @@ class Attention(nnx.Module):
             times = 1 + slope * jnp.log1p(jnp.floor((jnp.maximum(positions, 0) + 1) / floor))
             query = query * times[..., None, None].astype(query.dtype)
         how: Any = {"scale": config.attention_scale, "logits_soft_cap": config.attention_cap}
-        how |= {"sharding": sharding, "implementation": implementation}
+        how |= {
+            "sharding": axes.told("length" if cache is None else axes.slots_of(cache)),
+            "implementation": implementation,
+        }
         own = layer.mask(positions if step is None else None, blocks, blocks_exceed_window=config.blocks_exceed_window)
         if cache is None or step is None:
             out = attention(query, key, value, mask & own, **how)
@@ -493,8 +495,7 @@ class Decoder(nnx.Module):
             ids = jnp.asarray(block_sequence_ids).astype(jnp.int32)
             blocks = Blockwise(ids, 0 if step is None else step.offset)
         mask = mask if valid is None else mask & Padding(valid)
-        sharding = axes.query_sharding(has_cache=step is not None)
-        context = Context(positions, mask, blocks, step, sharding, implementation)
+        context = Context(positions, mask, blocks, step, implementation)
         layers: list[LayerCache] = []
         for i, block in enumerate(self.blocks):
             x, layer = block(x, context, None if cache is None else cache.layers[i])

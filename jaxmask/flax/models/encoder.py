@@ -69,7 +69,7 @@ class EncoderLayer(nnx.Module):
 
     def __call__(self, hidden: Hidden, mask: Mask, implementation: Implementation | None = None) -> Hidden:
         query, key, value = (project(hidden) for project in (self.query, self.key, self.value))
-        sharding = axes.query_sharding(has_cache=False)
+        sharding = axes.told("length")
         attended = attention(query, key, value, mask, sharding=sharding, implementation=implementation)
         hidden = self.attention_norm(hidden + self.out(attended))
         return self.mlp_norm(hidden + self.down(jax.nn.gelu(self.up(hidden), approximate=False)))

@@ -221,7 +221,7 @@ def prefill(
     valid: Bool[Array, "batch length"] | None,
     images: dict[str, Any] | None = None,
     *,
-    rules: axes.Rules = (),
+    rules: axes.Current = (),
 ) -> tuple[Float[Array, "batch vocab"], Cache | None]:
     """The logits after each prompt, and the cache with the prompts.
 
@@ -245,7 +245,7 @@ def decode(
     new: int,
     top_k: int | None,
     on_tokens: OnTokens | None,
-    rules: axes.Rules = (),
+    rules: axes.Current = (),
 ) -> tuple[Generated, Cache | None]:
     """Choose a token by the logits and compute the logits after it, until all rows have ended.
 

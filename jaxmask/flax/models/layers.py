@@ -109,6 +109,9 @@ def last_token(
     x: Float[Array, "batch q dim"], valid: Bool[Array | np.ndarray, "batch q"] | None
 ) -> Float[Array, "batch 1 dim"]:
     """What is at the last token of each row; NaN for a row of padding."""
+    if (mesh := axes.explicit_mesh(x)) is not None:
+        # The last token of a row may be on any device that has a part of it.
+        x = axes.put(x, mesh, axes.spec(x)[0], None, axes.spec(x)[2])
     if valid is None:
         return x[:, -1:]
     last = x.shape[1] - 1 - jnp.argmax(jnp.asarray(valid)[:, ::-1], 1)

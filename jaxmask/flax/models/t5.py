@@ -214,7 +214,7 @@ class T5(nnx.Module):
     def _encode(self, tokens: Tokens, valid: Any, implementation: Implementation | None) -> Hidden:
         x, bias = embed("tokens", tokens, self.words, valid), self.encoder.bias()
         mask = Full() if valid is None else Padding(valid)
-        how: Any = {"sharding": axes.query_sharding(has_cache=False), "implementation": implementation}
+        how: Any = {"sharding": axes.told("length"), "implementation": implementation}
         for layer in self.encoder.layers:
             normed, attend = layer.self_norm(x), layer.self_attention
             key, value = attend.keys_and_values(normed)
@@ -283,18 +283,20 @@ class T5Decoder(nnx.Module):
         x, bias = embed("tokens", tokens, self.words, is_token, has_cache=True), self.stack.bias()
         cache = axes.rows_beside(cache, x)
         step, layers = cache.step(tokens.shape[1], is_token), list[LayerCache]()
-        how: Any = {"scale": 1.0, "sharding": axes.query_sharding(has_cache=True), "implementation": implementation}
+        how: Any = {"scale": 1.0, "implementation": implementation}
         mask: Mask = Full() if self.text_valid is None else Padding(self.text_valid[...])
         parts = self.stack.layers, cache.layers, self.text_keys, self.text_values
         for layer, old, key, value in zip(*parts, strict=True):
             normed, attend = layer.self_norm(x), layer.self_attention
             new = attend.queries(normed), *attend.keys_and_values(normed)
-            attended, filled = axes.heads_beside(old, new[1]).attend(step, *new, Causal(), bias=bias, **how)
+            old = axes.heads_beside(old, new[1])
+            at = axes.told(axes.slots_of(old))
+            attended, filled = old.attend(step, *new, Causal(), bias=bias, sharding=at, **how)
             layers.append(filled)
             x = x + attend.join(attended)
             cross = layer.cross_attention
             query = cross.queries(layer.cross_norm(x))
-            attended = attention(query, key[...], value[...], mask, **how)
+            attended = attention(query, key[...], value[...], mask, sharding=axes.told(None), **how)
             x = layer.mlp(x + cross.join(attended))
         x = self.stack.norm(last_token(x, is_token) if last_only else x)
         return project(x * self.config.dim**-0.5, self.words.embedding[...]), step.end(layers)
