@@ -24,8 +24,7 @@ are divided: the forward pass alone. The imbalance is how much more the busiest 
 an order of the tokens by `balanced_order` brings that of causal to 1. The last column says how many instructions the
 program has: for thousands of chips no more than for a few.
 
-The two agree in all rows but one: the gradients of what 256 chips of v5e have gathered come as an all-reduce, which is
-twice the reduce-scatter that they come as on 8.
+The two agree in all rows.
 
 | chips | | tokens | mask | scheme | said | received | temporaries | imbalance | instructions |
 | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |

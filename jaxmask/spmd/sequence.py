@@ -10,6 +10,7 @@ what was gathered is scattered, what was permuted is permuted back.
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from math import isqrt
 from typing import Any, get_args
 
 import jax
@@ -194,11 +195,17 @@ def _keeps_heads(call: Call, shards: int) -> str | None:
 
 def _gather(call: Call, axes: tuple[str, ...], plan: Plan, index: Any, run: Run) -> Any:
     """All keys to every device."""
+    shards = plan.shards
+    near = max(size for size in range(1, isqrt(shards) + 1) if shards % size == 0)
+    rows = [[*range(start, start + near)] for start in range(0, shards, near)]
+    columns = [[*range(start, shards, near)] for start in range(near)]
 
     def gathered(x: Any) -> Any:
-        # Along a new axis, the first: along another, a TPU sends twice what it scatters in the backward pass.
-        x = jnp.moveaxis(lax.all_gather(x, axes), 0, 1)
-        return x.reshape(x.shape[0], -1, *x.shape[3:])
+        # In two hops, and each along a new axis, the first. What is scattered in the backward pass otherwise comes as a
+        # whole sum, twice as much: on a TPU whose chips are a square, and along another axis on any.
+        x = lax.all_gather(lax.all_gather(x, axes, axis_index_groups=rows), axes, axis_index_groups=columns)
+        x = jnp.moveaxis(x, (0, 1), (1, 2))
+        return x.reshape(x.shape[0], -1, *x.shape[4:])
 
     return run(replace(at_queries(call, index), key=gathered(call.key), value=gathered(call.value)))
 
