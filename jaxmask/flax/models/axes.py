@@ -21,15 +21,20 @@ Current = tuple[tuple[str, tuple[str, ...]], ...]
 X = TypeVar("X")
 M = TypeVar("M", bound=nnx.Module)
 
-# Of tokens; of caches; of the residual stream and inside of the feed-forward; of attention; of what is fused in one
-# weight; of tables; of norms, whose few weights each device has.
 NAMES = (
+    # tokens
     *("batch", "length", "vocab"),
+    # caches
     "slots",
+    # the residual stream, and the inside of the feed-forward
     *("dim", "hidden"),
+    # attention
     *("heads", "kv_heads", "head_dim"),
+    # what is fused in one weight
     *("query_key_value", "gate_up"),
+    # tables
     *("positions", "token_types", "buckets", "bucket_heads"),
+    # norms, whose few weights each device has
     "norm",
 )
 # These, which a model takes apart or needs as a whole, no rule divides.
