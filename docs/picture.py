@@ -14,7 +14,7 @@ from jaxmask import Causal, Chunked, Mask, Padding, Prefix, Segments, SlidingWin
 from jaxmask.draw.notebook import svg
 
 LENGTH = 10
-# Of a panel and its title, in pixels, and how many of them stand in a row.
+# The size of a panel and of its title, in pixels, and how many panels stand in a row.
 WIDTH, SIDE, TITLE, COLUMNS = 250, 180, 28, 4
 valid = jnp.arange(LENGTH)[None] >= 3
 ids = jnp.array([[0, 0, 0, 1, 1, 1, 1, 1, 2, 2]])

@@ -15,7 +15,7 @@ from jaxmask.kernels.call import Arguments, Call, checked_call, is_empty, known_
 from jaxmask.kernels.key_ranges import key_ranges_of
 from jaxmask.mask import Mask
 
-# Of so many tiles the states are found in less than a second; of more, those of stripes of queries are.
+# The states of so many tiles are found in less than a second; beyond, those of stripes of queries are.
 _MOST_TILES, _STRIPE = 2**21, 256
 
 

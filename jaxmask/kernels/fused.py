@@ -90,7 +90,7 @@ def tokamax_writes_all_pairs(call: Call) -> bool:
     def writes(jaxpr: Any) -> bool:
         return any(
             any(getattr(out.aval, "shape", ())[-2:] == pairs for out in equation.outvars)
-            # Of a kernel it is only what leaves it that is written.
+            # A kernel writes only what leaves it.
             or (equation.primitive.name != "pallas_call" and any(map(writes, _within(equation.params))))
             for equation in jaxpr.eqns
         )

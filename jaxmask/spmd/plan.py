@@ -155,7 +155,7 @@ class Plan:
         (batch, queries, heads, dim), precise = query.shape, checks.at_least_float32(query.dtype)
         # What is summed up over devices comes twice, but for their own share: once in parts, and once as a whole.
         shares, rows = 2 * (self.shards - 1), batch * queries * heads
-        # Of each row the highest score, the sum of the weights, and the output; then the gradient of the query.
+        # Each row sends its highest score, the sum of its weights, and its output; then the gradient of the query.
         forward = shares * rows * (2 + value.shape[3]) * precise.itemsize // self.shards
         return Traffic(forward, shares * rows * dim * query.dtype.itemsize // self.shards)
 

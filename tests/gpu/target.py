@@ -85,7 +85,7 @@ class Card:
             }}"""
 
 
-# Of a multiprocessor, on both cards.
+# What a multiprocessor of both cards has.
 REGISTERS, WARPS, BLOCKS = 65536, 64, 32
 
 H100 = Card(

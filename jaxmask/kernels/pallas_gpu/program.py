@@ -19,7 +19,7 @@ from jaxmask.kernels.pallas_gpu.tile_lists import TileLists, of_groups, without_
 LOG2E = math.log2(math.e)
 # Programs that keep a GPU busy, and the fewest tiles of keys that are worth a program of their own.
 _PROGRAMS, _FEWEST_TILES = 256, 4
-# Of so many tiles, the lists of a static mask are found while tracing; of more, by the program.
+# The lists of a static mask of so many tiles are found while tracing; beyond, by the program.
 _MOST_STATIC = 2**16
 
 
